@@ -1,0 +1,294 @@
+"""A key/value cache whose layers, and whose rows within a layer, each have their own length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from pruneops.ragged import RaggedBatch
+
+_BLOCK = 64  # slots are handed out in blocks of this many tokens
+
+
+@dataclass
+class RowState:
+    """How full the rows are; shared by neighbouring layers, which always hold the same tokens.
+
+    Attributes
+    ----------
+    seqused_k : Tensor
+        ``(batch,)`` int32 on the device: used slots per row.
+    next_position : Tensor
+        ``(batch,)`` int64 on the device: rotary position of the row's next token at these layers.
+    bound : int
+        Upper bound of `seqused_k`, known on the host.
+    capacity : int
+        Slots per row.
+    """
+
+    seqused_k: Tensor
+    next_position: Tensor
+    bound: int
+    capacity: int
+
+    def rows(self, index: Tensor) -> RowState:
+        return RowState(
+            self.seqused_k.index_select(0, index), self.next_position.index_select(0, index), self.bound, self.capacity
+        )
+
+
+class RaggedCacheLayer:
+    """Keys and values of one layer: slots ``(batch, capacity, kv_heads, head_dim)``."""
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.state: RowState | None = None
+
+    @property
+    def seqused_k(self) -> Tensor | None:
+        """``(batch,)`` int32: used slots per row, or None before the first token."""
+        return None if self.state is None else self.state.seqused_k
+
+    def write(self, keys: Tensor, values: Tensor, destination: Tensor, state: RowState, batch: int) -> None:
+        """Store packed keys and values.
+
+        Parameters
+        ----------
+        keys, values : Tensor
+            ``(total, kv_heads, head_dim)``.
+        destination : Tensor
+            ``(total,)`` int64 flat slots ``row * capacity + slot``.
+        state : RowState
+            The lengths once these tokens are in.
+        batch : int
+            Number of rows.
+        """
+        with torch.no_grad():
+            self.keys = self._store(self.keys, keys.detach(), destination, state.capacity, batch)
+            self.values = self._store(self.values, values.detach(), destination, state.capacity, batch)
+        self.state = state
+
+    @staticmethod
+    def _store(slots: Tensor | None, new: Tensor, destination: Tensor, capacity: int, batch: int) -> Tensor:
+        if slots is None or slots.shape[1] < capacity:
+            # Zeros, not empty: slots past a row's length are never read, but a NaN there would poison a masked product.
+            grown = new.new_zeros(batch, capacity, *new.shape[1:])
+            if slots is not None:
+                grown[:, : slots.shape[1]] = slots
+            slots = grown
+        slots.view(batch * slots.shape[1], *new.shape[1:]).index_copy_(0, destination, new.to(slots.dtype))
+        return slots
+
+    def select(self, index: Tensor, state: RowState) -> None:
+        if self.keys is not None:
+            self.keys = self.keys.index_select(0, index)
+            self.values = self.values.index_select(0, index)
+        self.state = state
+
+    def reset(self) -> None:
+        self.keys = self.values = self.state = None
+
+
+class RaggedCache(Cache):
+    """Cache of a pruned model: per-layer, per-row lengths beside the one logical length that `generate()` counts.
+
+    `generate()` may carry it through greedy search, sampling and beam search, and it can be handed back for another
+    turn (``past_key_values=cache``). It cannot be cropped, so assisted decoding is refused.
+    """
+
+    layers: list[RaggedCacheLayer]
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[RaggedCacheLayer() for _ in range(num_layers)])
+        self._logical_length = 0
+
+    @classmethod
+    def adopt(cls, cache: Any, num_layers: int) -> RaggedCache:
+        """The cache to continue with, given what the caller of the model passed.
+
+        An empty `DynamicCache` is turned into a `RaggedCache` in place: whoever created it (`generate()`, or a user who
+        wants to continue on it later) keeps a reference and must find the tokens there.
+        """
+        if cache is None:
+            return cls(num_layers)
+        if isinstance(cache, cls):
+            return cache
+        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+            raise ValueError(
+                f"past_key_values: got a {type(cache).__name__}, expected a pruneops RaggedCache or an empty DynamicCache; "
+                "static, quantized and offloaded caches give every row and layer the same length, pruning does not"
+            )
+        if cache.get_seq_length() > 0:
+            raise ValueError(
+                f"past_key_values: got a DynamicCache with {cache.get_seq_length()} tokens, expected an empty one or a "
+                "RaggedCache; tokens that were cached without pruning cannot be continued with it"
+            )
+        user_defined = getattr(cache, "_is_user_defined", False)
+        cache.__class__ = cls
+        cache.__init__(num_layers)
+        cache._is_user_defined = user_defined
+        return cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Logical length: columns of the padded batch fed so far, pruned ones included; the same for every layer."""
+        return self._logical_length
+
+    def advance(self, columns: int) -> None:
+        """Count `columns` more columns of the padded batch."""
+        self._logical_length += columns
+
+    def lengths(self, layer_idx: int) -> list[int]:
+        """Tokens that each row really holds at a layer. Reads them from the device."""
+        state = self.layers[layer_idx].state
+        return [] if state is None else state.seqused_k.tolist()
+
+    def next_positions(self, layer_idx: int) -> list[int]:
+        """Rotary position of each row's next token at a layer. Reads them from the device."""
+        state = self.layers[layer_idx].state
+        return [] if state is None else state.next_position.tolist()
+
+    def nbytes(self, used: bool = True) -> int:
+        """Bytes of keys and values: of the tokens held (`used`, reads the lengths), or of all slots allocated."""
+        total = 0
+        for i, layer in enumerate(self.layers):
+            if layer.keys is not None:
+                slot = layer.keys[0, 0].numel() * layer.keys.element_size()
+                slots = sum(self.lengths(i)) if used else layer.keys.shape[0] * layer.keys.shape[1]
+                total += 2 * slot * slots
+        return total
+
+    @property
+    def batch_size(self) -> int:
+        state = self.layers[0].state
+        return -1 if state is None else state.seqused_k.shape[0]
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.layers[0].state is not None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Permute the rows, lengths and positions included (beam search)."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        state = self.layers[0].state
+        if state is not None:
+            rows = torch.arange(state.seqused_k.shape[0], device=state.seqused_k.device)
+            self._select(rows.repeat_interleave(repeats))
+
+    def _select(self, index: Tensor) -> None:
+        states: dict[int, RowState] = {}
+        for layer in self.layers:
+            if layer.state is not None:
+                index = index.to(layer.state.seqused_k.device)
+                state = states.setdefault(id(layer.state), layer.state.rows(index))
+                layer.select(index, state)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise ValueError(
+                f"tokens_to_remove: got {tokens_to_remove}, expected 0; a pruned cache cannot be cropped, because its layers "
+                "hold different tokens (this rules out assisted and prompt-lookup decoding)"
+            )
+
+    def reset(self) -> None:
+        for layer in self.layers:
+            layer.reset()
+        self._logical_length = 0
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise ValueError(
+            "past_key_values: a RaggedCache is written by the ragged decoder only; it was handed to a model that is not "
+            "being pruned. Enter pruneops.prune(model, ...) first, or start this model with a cache of its own"
+        )
+
+
+@dataclass(frozen=True)
+class Append:
+    """Where the tokens of one packed batch go in the cache layers that share a `RowState`.
+
+    Attributes
+    ----------
+    destination : Tensor
+        ``(total,)`` int64 flat slots.
+    after : RowState
+        The lengths once the tokens are in.
+    fresh : bool
+        The rows were empty: the chunk's own keys are all there is.
+    position_ids : Tensor
+        ``(total,)`` int64 rotary positions of the tokens at these layers.
+    """
+
+    destination: Tensor
+    after: RowState
+    fresh: bool
+    position_ids: Tensor
+
+
+class ChunkAppender:
+    """Plans, for one forward pass, the appends of its layers; layers that agree share one plan and one `RowState`.
+
+    Parameters
+    ----------
+    cache : RaggedCache
+    renumber : bool
+        Tokens of a further chunk follow on from the row's next position at each layer. False: the batch's own positions
+        are final.
+    """
+
+    def __init__(self, cache: RaggedCache, renumber: bool) -> None:
+        self.cache = cache
+        self.renumber = renumber
+        self._plans: dict[tuple[int, int], Append] = {}
+        self._pinned: list[Any] = []  # keeps the objects alive whose ids are keys
+
+    def plan(self, layer_idx: int, batch: RaggedBatch) -> Append:
+        state = self.cache.layers[layer_idx].state
+        key = (id(state), id(batch.origin))
+        if key not in self._plans:
+            self._pinned += [state, batch.origin]
+            self._plans[key] = self._make(state, batch)
+        return self._plans[key]
+
+    def _make(self, state: RowState | None, batch: RaggedBatch) -> Append:
+        new = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).to(torch.int32)
+        offsets = batch.offsets
+        if state is None:
+            state = RowState(torch.zeros_like(new), torch.zeros_like(new, dtype=torch.int64), 0, 0)
+            fresh, positions = True, batch.position_ids
+        else:
+            fresh = False
+            continued = state.next_position.index_select(0, batch.row_ids) + offsets
+            positions = continued if self.renumber else batch.position_ids
+        bound, capacity = state.bound + batch.max_seqlen, state.capacity
+        if bound >= capacity:
+            # Half as much again: the copies that growth costs stay O(1) per token.
+            capacity = _round_up(max(bound + 1, capacity + capacity // 2))
+        destination = batch.row_ids * capacity + state.seqused_k.index_select(0, batch.row_ids) + offsets
+        next_position = state.next_position
+        if positions.numel():
+            last = (batch.cu_seqlens[1:].long() - 1).clamp(min=0)
+            next_position = torch.where(new > 0, positions.index_select(0, last) + 1, next_position)
+        after = RowState(state.seqused_k + new, next_position, bound, capacity)
+        return Append(destination, after, fresh, positions)
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // _BLOCK) * _BLOCK

@@ -1,0 +1,305 @@
+"""The ragged decoder: runs unmodified Hugging Face decoder layers over packed tokens.
+
+`ragged_forward` stands in for the ``forward`` of a text model (`LlamaModel` and relatives). It packs the padded batch,
+calls every decoder layer on ``(1, total, hidden)``, lets the pruning method act before each layer, and puts the result
+back into the padded shape. `pruneops_attention` is the attention function that the layers call meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from pruneops import ops
+from pruneops.cache import Append, ChunkAppender, RaggedCache
+from pruneops.ragged import RaggedBatch, pack
+
+if TYPE_CHECKING:
+    from pruneops.methods.base import PruningMethod
+
+ATTENTION_NAME = "pruneops"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a method did to one row at one stage.
+
+    Attributes
+    ----------
+    stage : int
+        0 for the first time the method prunes, 1 for the second, ...
+    row : int
+        Row of the batch.
+    layer : int
+        Number of decoder layers that ran before the stage.
+    scores : Tensor
+        ``(visual tokens before the stage,)`` float32 importance, in token order; empty for a row without images.
+    kept_positions : Tensor
+        ``(tokens after the stage,)`` int64 surviving tokens of the row, text included, counted in the row's own (unpadded)
+        tokens before any pruning.
+    """
+
+    stage: int
+    row: int
+    layer: int
+    scores: Tensor
+    kept_positions: Tensor
+
+
+@dataclass
+class Trace:
+    """What one forward pass over a prompt left behind: lengths, times and, on request, records."""
+
+    record: bool = False
+    records: list[Record] = field(default_factory=list)
+    layer_lengths: list[list[int]] = field(default_factory=list)
+    _marks: list[Any] = field(default_factory=list)
+
+    def restart(self) -> None:
+        """Forget the previous forward pass."""
+        self.records, self.layer_lengths, self._marks = [], [], []
+
+    def mark(self, device: torch.device) -> None:
+        """Note the time without stopping the device."""
+        if device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    @property
+    def layer_seconds(self) -> list[float]:
+        """Seconds of each layer, the pruning before it included. Waits for the device."""
+        marks = self._marks
+        if marks and not isinstance(marks[0], float):
+            marks[-1].synchronize()
+            return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+        return [b - a for a, b in zip(marks, marks[1:], strict=False)]
+
+
+@dataclass
+class DecoderState:
+    """The state that a pruning method sees and changes between layers.
+
+    Attributes
+    ----------
+    batch : RaggedBatch
+        The packed tokens; a method replaces it by a shorter one.
+    layers : nn.ModuleList
+        The decoder layers.
+    rotary : callable
+        ``rotary(position_ids) -> (cos, sin)``, each ``(1, total, head_dim)``, for ``(total,)`` int64 positions.
+    trace : Trace
+        Where to record.
+    decoding : bool
+        Every row gets one token behind a cache: nothing to prune.
+    """
+
+    batch: RaggedBatch
+    layers: nn.ModuleList
+    rotary: Callable[[Tensor], tuple[Tensor, Tensor]]
+    trace: Trace
+    decoding: bool
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What the attention function needs to know about the packed batch a layer runs on."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    one_token_a_row: bool
+    cache: RaggedCache | None
+    append: Append | None
+
+
+def pruneops_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    ragged: AttentionCall | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of packed tokens, as transformers' ``AttentionInterface`` calls it.
+
+    Parameters
+    ----------
+    query : Tensor
+        ``(1, heads, total, head_dim)``.
+    key, value : Tensor
+        ``(1, kv_heads, total, head_dim)``.
+    ragged : AttentionCall
+        Borders of the rows and the cache; only the ragged decoder passes it.
+
+    Returns
+    -------
+    (Tensor, None)
+        ``(1, total, heads, head_dim)`` and no attention weights.
+    """
+    if ragged is None:
+        raise ValueError(
+            f"attn_implementation={ATTENTION_NAME!r} works inside the ragged decoder only; enter pruneops.prune(model, ...) "
+            "instead of setting it by hand"
+        )
+    if dropout:
+        raise ValueError(f"attention_dropout: got {dropout}, expected 0; the ragged attention kernels have no dropout")
+    query, key, value = (_autocast(t[0].transpose(0, 1)) for t in (query, key, value))
+    append, longest = ragged.append, ragged.max_seqlen
+    if append is not None:
+        longest = append.after.bound
+        layer = ragged.cache.layers[module.layer_idx]
+        layer.write(key, value, append.destination, append.after, ragged.cu_seqlens.shape[0] - 1)
+    if sliding_window is not None and longest > sliding_window:
+        raise ValueError(
+            f"sliding_window: the model attends {sliding_window} tokens back and the batch is {longest} tokens long, expected "
+            "no more than the window; sliding-window attention over pruned tokens is not defined"
+        )
+    if append is None or append.fresh:
+        cu_seqlens, max_seqlen = ragged.cu_seqlens, ragged.max_seqlen
+        out = ops.varlen_attention(
+            query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scaling
+        )
+    elif ragged.one_token_a_row:
+        out = ops.decode_attention(query, layer.keys, layer.values, append.after.seqused_k, softmax_scale=scaling)
+    else:
+        out = ops.varlen_attention(
+            query,
+            layer.keys,
+            layer.values,
+            ragged.cu_seqlens,
+            None,
+            ragged.max_seqlen,
+            append.after.bound,
+            softmax_scale=scaling,
+            seqused_k=append.after.seqused_k,
+        )
+    return out.unsqueeze(0), None
+
+
+def _autocast(x: Tensor) -> Tensor:
+    # The rotary embedding leaves queries and keys in float32 under autocast, the values are in the autocast dtype.
+    if torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+AttentionInterface.register(ATTENTION_NAME, pruneops_attention)
+
+
+def ragged_forward(
+    text_model: nn.Module,
+    method: PruningMethod,
+    trace: Trace,
+    *,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    visual_token_mask: Tensor | None,
+    labels: Tensor | None,
+    past_key_values: Any,
+    use_cache: bool,
+    output_hidden_states: bool,
+    prompt_length: int | None,
+) -> BaseModelOutputWithPast:
+    """Run the decoder over a padded batch, pruned by `method`.
+
+    Shapes are those of a Hugging Face text model; `visual_token_mask` and `labels` are ``(batch, length)`` for the
+    columns of `inputs_embeds`. `labels` are masked in place where a pruned row has no token left to predict them from.
+    """
+    batch_size, columns = inputs_embeds.shape[:2]
+    cache = RaggedCache.adopt(past_key_values, len(text_model.layers)) if use_cache or past_key_values is not None else None
+    continues = cache is not None and cache.get_seq_length() > 0
+    if continues and cache.batch_size != batch_size:
+        raise ValueError(f"past_key_values: holds {cache.batch_size} rows, expected {batch_size} as in the input")
+    decoding = continues and columns == 1
+    if decoding and (inputs_embeds.device.type != "cpu" or attention_mask is None or bool(attention_mask.all())):
+        # One new token in every row: nothing to read back. A mask on a device is taken to be 1 for the new tokens.
+        attention_mask = None
+
+    batch = pack(inputs_embeds, attention_mask, position_ids, visual_token_mask, labels, prompt_length)
+    if not decoding:
+        trace.restart()
+    state = DecoderState(
+        batch=batch,
+        layers=text_model.layers,
+        rotary=lambda positions: text_model.rotary_emb(inputs_embeds, positions.unsqueeze(0)),
+        trace=trace,
+        decoding=decoding,
+    )
+    method.before_decoder(state)
+    keeps_given_positions = position_ids is not None and not method.renumbers_positions
+    appender = ChunkAppender(cache, renumber=not keeps_given_positions) if cache is not None else None
+    rotary_of = _RotaryMemo(state.rotary)
+    hidden_states: list[Tensor] = []
+    if not decoding:
+        trace.mark(inputs_embeds.device)
+    for i, layer in enumerate(text_model.layers[: text_model.config.num_hidden_layers]):
+        append = None
+        method.before_layer(i, layer, state)
+        if appender is not None:
+            append = appender.plan(i, state.batch)
+            state.batch = state.batch.with_position_ids(append.position_ids)
+        if output_hidden_states:
+            hidden_states.append(state.batch.unpack())
+        packed = state.batch
+        call = AttentionCall(
+            packed.cu_seqlens,
+            packed.max_seqlen,
+            packed.max_seqlen == 1 and packed.values.shape[0] == batch_size,
+            cache,
+            append,
+        )
+        values = layer(
+            packed.values.unsqueeze(0),
+            attention_mask=None,
+            position_ids=packed.position_ids.unsqueeze(0),
+            position_embeddings=rotary_of(packed.position_ids),
+            ragged=call,
+        )
+        state.batch = packed.with_values(values.squeeze(0))
+        method.after_layer(i, layer, state)
+        if not decoding:
+            trace.layer_lengths.append(packed.lengths)
+            trace.mark(inputs_embeds.device)
+    state.batch = state.batch.with_values(text_model.norm(state.batch.values))
+    if cache is not None:
+        cache.advance(columns)
+    if labels is not None and state.batch.entry.bridges[0].numel():
+        supervised = state.batch.entry.bridges[2]
+        flat = labels.view(-1)
+        flat[supervised] = torch.where(state.batch.has_predecessor(), flat[supervised], -100)
+    last_hidden_state = state.batch.unpack()
+    if output_hidden_states:
+        hidden_states.append(last_hidden_state)
+    return BaseModelOutputWithPast(
+        last_hidden_state=last_hidden_state,
+        past_key_values=cache,
+        hidden_states=tuple(hidden_states) if output_hidden_states else None,
+    )
+
+
+class _RotaryMemo:
+    """Computes cos and sin once for neighbouring layers that share their positions."""
+
+    def __init__(self, rotary: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self._rotary = rotary
+        self._positions: Tensor | None = None
+        self._cos_sin: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        if position_ids is not self._positions:
+            self._positions, self._cos_sin = position_ids, self._rotary(position_ids)
+        return self._cos_sin

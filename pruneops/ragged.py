@@ -1,0 +1,386 @@
+"""The packed batch that travels through the decoder.
+
+Tokens of all rows of a batch lie behind each other in one ``(total, hidden)`` tensor. `RaggedBatch` carries that
+tensor together with everything that has to be cut in step with it, and `pack` / `RaggedBatch.unpack` are the way in
+and out of the padded world of Hugging Face.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pruneops import ops
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of one row: plain text, or everything from an image's first token to its last.
+
+    Attributes
+    ----------
+    image : int
+        0 for text, otherwise the number of the image within its row (1, 2, ...).
+    length : int
+        Tokens of the span that are still there.
+    visual : int
+        Those of them that belong to the image. ``length - visual`` tokens (row separators and the like, which some
+        processors put between the pieces of one image) are text and never pruned.
+    original_visual : int
+        The image's tokens before any pruning; keep ratios refer to this number.
+    """
+
+    image: int
+    length: int
+    visual: int
+    original_visual: int
+
+    def keeping(self, visual: int) -> Span:
+        """The span after its image was cut to `visual` tokens."""
+        return replace(self, length=self.length - self.visual + visual, visual=visual)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the host learned about a padded batch in its one read-back at the entry of the decoder.
+
+    Attributes
+    ----------
+    padded_shape : (int, int)
+        ``(batch, length)`` of the padded batch.
+    source : Tensor
+        ``(total,)`` int64 on the device: flat index ``row * length + column`` of every packed token.
+    cu_seqlens_host : list of int
+        Row borders of the batch as it was packed, before any pruning.
+    query_tokens : list of list of int
+        Per row the tokens (counted in the row) that the method may ask for scores: with labels the last token before
+        every answer, otherwise the last prompt token.
+    bridges : tuple of (Tensor, Tensor, Tensor)
+        Supervised tokens that follow a visual token: packed index of that visual token, packed index of the row's first
+        token and flat padded index of the supervised token, ``(n,)`` int64 each (see `RaggedBatch.unpack`).
+    """
+
+    padded_shape: tuple[int, int]
+    source: Tensor
+    cu_seqlens_host: list[int]
+    query_tokens: list[list[int]]
+    bridges: tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    """Packed tokens of a batch and what belongs to them.
+
+    Attributes
+    ----------
+    values : Tensor
+        ``(total, hidden)`` hidden states.
+    cu_seqlens : Tensor
+        ``(batch + 1,)`` int32 row borders on the device.
+    lengths : list of int
+        Row lengths on the host.
+    position_ids : Tensor
+        ``(total,)`` int64 positions for the rotary embedding.
+    origin : Tensor
+        ``(total,)`` int64, strictly ascending: index of each token in the packed batch before any pruning.
+    row_ids : Tensor
+        ``(total,)`` int64 row of each token.
+    spans : list of list of Span
+        Per row its text and image spans, in order.
+    protect : Tensor or None
+        ``(total,)`` bool, True for text; only present if some image has text between its pieces.
+    entry : Entry
+        How the batch came in.
+    """
+
+    values: Tensor
+    cu_seqlens: Tensor
+    lengths: list[int]
+    position_ids: Tensor
+    origin: Tensor
+    row_ids: Tensor
+    spans: list[list[Span]]
+    protect: Tensor | None
+    entry: Entry
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths, default=0)
+
+    @property
+    def offsets(self) -> Tensor:
+        """``(total,)`` int64: each token's index within its row, as it stands now."""
+        return offsets_in_rows(self.cu_seqlens, self.row_ids)
+
+    def with_values(self, values: Tensor) -> RaggedBatch:
+        return replace(self, values=values)
+
+    def with_position_ids(self, position_ids: Tensor) -> RaggedBatch:
+        return replace(self, position_ids=position_ids)
+
+    def keep_best(self, scores: Tensor, keep: list[list[int]]) -> RaggedBatch:
+        """Keep the best-scored tokens of every image, all text, and the order.
+
+        Parameters
+        ----------
+        scores : Tensor
+            ``(total,)`` float32; read at visual tokens only.
+        keep : list of list of int
+            Per row and span the number of visual tokens to keep; ignored for text spans.
+
+        Returns
+        -------
+        RaggedBatch
+            Positions are carried along unchanged; the method renumbers them if that is its rule.
+        """
+        spans = [
+            [span.keeping(k) if span.image else span for span, k in zip(row, row_keep, strict=True)]
+            for row, row_keep in zip(self.spans, keep, strict=True)
+        ]
+        # One segment per span: text spans keep everything, image spans their best tokens.
+        old_lengths = [span.length for row in self.spans for span in row]
+        if self.protect is None:
+            keep_counts = [span.length for row in spans for span in row]
+        else:
+            keep_counts = [span.visual for row in spans for span in row]
+        protected = None if self.protect is None else [span.length - span.visual for row in spans for span in row]
+        carried = [self.values, self.position_ids, self.origin, self.row_ids]
+        if self.protect is not None:
+            carried.append(self.protect)
+        kept, _, _ = ops.select_compact(
+            scores,
+            carried,
+            cu_seqlens_of(old_lengths, self.values.device),
+            keep_counts,
+            protect=self.protect,
+            protected_counts=protected,
+        )
+        lengths = [sum(span.length for span in row) for row in spans]
+        return replace(
+            self,
+            values=kept[0],
+            position_ids=kept[1],
+            origin=kept[2],
+            row_ids=kept[3],
+            protect=kept[4] if self.protect is not None else None,
+            cu_seqlens=cu_seqlens_of(lengths, self.values.device),
+            lengths=lengths,
+            spans=spans,
+        )
+
+    def unpack(self) -> Tensor:
+        """``(batch, length, hidden)``: every token back in its padded place, zeros where tokens were dropped.
+
+        Two places get a copy of a surviving neighbour, so that code which knows nothing of pruning stays right:
+
+        * the place before a supervised token whose predecessor was dropped gets the surviving predecessor, because the
+          stock loss compares the logits at ``t - 1`` with the label at ``t``;
+        * the last column of a right-padded row gets the row's last token, because ``generate()`` reads the logits there.
+        """
+        batch, length = self.entry.padded_shape
+        values, source = self.values, self.entry.source.index_select(0, self.origin)
+        for rows, places in (self._bridged_predecessors(), self._padded_last_column()):
+            if places.numel():
+                values = torch.cat([values, values.index_select(0, rows)])
+                source = torch.cat([source, places])
+        padded = ops.scatter_rows(values, source.to(torch.int32), batch * length)
+        return padded.view(batch, length, -1)
+
+    def has_predecessor(self) -> Tensor:
+        """``(n,)`` bool for the supervised tokens of `Entry.bridges`: is any token left before them in their row?"""
+        predecessor, first_token, _ = self.entry.bridges
+        survivor = torch.searchsorted(self.origin, predecessor, right=True) - 1
+        return (survivor >= 0) & (self.origin[survivor.clamp(min=0)] >= first_token)
+
+    def _bridged_predecessors(self) -> tuple[Tensor, Tensor]:
+        predecessor, _, supervised = self.entry.bridges
+        if predecessor.numel() == 0 or self.origin.numel() == 0:
+            return predecessor[:0], supervised[:0]
+        survivor = (torch.searchsorted(self.origin, predecessor, right=True) - 1).clamp(min=0)
+        # -1 is ignored by scatter: the predecessor itself survived, or nothing is left before it.
+        needed = (self.origin[survivor] != predecessor) & self.has_predecessor()
+        return survivor, torch.where(needed, supervised - 1, -1)
+
+    def _padded_last_column(self) -> tuple[Tensor, Tensor]:
+        device = self.values.device
+        borders = self.entry.cu_seqlens_host
+        batch, length = self.entry.padded_shape
+        rows = [b for b in range(batch) if 0 < self.lengths[b] and borders[b + 1] - borders[b] < length]
+        if not rows:
+            nothing = torch.empty(0, dtype=torch.int64, device=device)
+            return nothing, nothing
+        chosen = torch.tensor(rows, dtype=torch.int64, device=device)
+        last = self.cu_seqlens[chosen + 1].long() - 1
+        column = self.entry.source[self.origin[last]] - chosen * length
+        return last, torch.where(column < length - 1, chosen * length + length - 1, -1)
+
+
+def cu_seqlens_of(lengths: list[int], device: torch.device) -> Tensor:
+    """``(n + 1,)`` int32 borders on `device` from lengths on the host, without a synchronisation."""
+    borders = [0]
+    for length in lengths:
+        borders.append(borders[-1] + length)
+    return to_device(torch.tensor(borders, dtype=torch.int32), device)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to `device`; pinned, so that the copy of a plan does not stop the host."""
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
+
+
+def offsets_in_rows(cu_seqlens: Tensor, row_ids: Tensor) -> Tensor:
+    """``(total,)`` int64: index of each packed token within its row."""
+    position = torch.arange(row_ids.shape[0], device=row_ids.device)
+    return position - cu_seqlens.index_select(0, row_ids)
+
+
+def pack(
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    visual_token_mask: Tensor | None,
+    labels: Tensor | None,
+    prompt_length: int | None = None,
+) -> RaggedBatch:
+    """Pack a padded batch. Reads the masks (and labels) back to the host once; nothing after this does.
+
+    Parameters
+    ----------
+    inputs_embeds : Tensor
+        ``(batch, length, hidden)``.
+    attention_mask : Tensor or None
+        ``(batch, length)``, nonzero for real tokens; None means all are.
+    position_ids : Tensor or None
+        ``(batch or 1, length)`` int64; None numbers the real tokens of each row from 0.
+    visual_token_mask : Tensor or None
+        ``(batch, length)`` bool or int: 0 text, i the row's i-th image. With bool every maximal run is an image.
+    labels : Tensor or None
+        ``(batch, length)`` int64, -100 where nothing is supervised.
+    prompt_length : int or None
+        Columns that belong to the prompt, if `generate` without a cache feeds generated tokens behind it.
+    """
+    batch, length, hidden = inputs_embeds.shape
+    device = inputs_embeds.device
+    valid, visual, labels = _read_back(batch, length, attention_mask, visual_token_mask, labels)
+
+    flat = valid.flatten().nonzero().squeeze(1)
+    lengths = valid.sum(1).tolist()
+    borders = [0]
+    for n in lengths:
+        borders.append(borders[-1] + n)
+    packed_visual = visual.flatten()[flat]
+    spans = [_spans(packed_visual[borders[b] : borders[b + 1]]) for b in range(batch)]
+    protect = None
+    if any(span.image and span.length != span.visual for row in spans for span in row):
+        protect = to_device(packed_visual == 0, device)
+
+    source = to_device(flat, device)
+    row_ids = to_device(flat // max(length, 1), device)
+    cu_seqlens = to_device(torch.tensor(borders, dtype=torch.int32), device)
+    if position_ids is None:
+        packed_positions = offsets_in_rows(cu_seqlens, row_ids)
+    else:
+        packed_positions = position_ids.expand(batch, length).reshape(-1).index_select(0, source)
+    dense = flat.numel() == batch * length
+    values = inputs_embeds.reshape(batch * length, hidden)
+    if not dense:
+        values = ops.gather_rows(values, source.to(torch.int32))
+    entry = Entry(
+        padded_shape=(batch, length),
+        source=source,
+        cu_seqlens_host=borders,
+        query_tokens=_query_tokens(valid, labels, prompt_length),
+        bridges=tuple(to_device(t, device) for t in _bridges(valid, visual, labels, borders)),
+    )
+    return RaggedBatch(
+        values=values,
+        cu_seqlens=cu_seqlens,
+        lengths=lengths,
+        position_ids=packed_positions,
+        origin=torch.arange(flat.numel(), device=device),
+        row_ids=row_ids,
+        spans=spans,
+        protect=protect,
+        entry=entry,
+    )
+
+
+def image_runs(mask: Tensor) -> Tensor:
+    """Number the maximal runs of True in each row of a bool mask: ``(batch, length)`` int64, 0 outside of runs."""
+    starts = mask.clone()
+    starts[:, 1:] &= ~mask[:, :-1]
+    return starts.cumsum(1) * mask
+
+
+def _read_back(
+    batch: int, length: int, attention_mask: Tensor | None, visual_token_mask: Tensor | None, labels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Valid mask (bool), image numbers (int64) and labels on the CPU, fetched in a single transfer."""
+    wanted = [t.to(torch.int64) for t in (attention_mask, visual_token_mask, labels) if t is not None]
+    fetched = iter(torch.stack(wanted).cpu() if wanted else ())
+    valid = next(fetched) != 0 if attention_mask is not None else torch.ones(batch, length, dtype=torch.bool)
+    visual = next(fetched) if visual_token_mask is not None else torch.zeros(batch, length, dtype=torch.int64)
+    if visual_token_mask is not None and visual_token_mask.dtype == torch.bool:
+        visual = image_runs(visual != 0)
+    if bool((visual < 0).any()):
+        raise ValueError(
+            f"visual_token_mask: got the value {int(visual.min())}, expected 0 for text or the number of the row's image (1, 2, ...)"
+        )
+    return valid, visual * valid, next(fetched) if labels is not None else None
+
+
+def _spans(visual: Tensor) -> list[Span]:
+    """Spans of one packed row from its image numbers ``(n,)``."""
+    spans: list[Span] = []
+    at, n = 0, visual.numel()
+    for image in torch.unique(visual[visual > 0]).tolist():
+        places = (visual == image).nonzero().squeeze(1)
+        first, last, count = int(places[0]), int(places[-1]), places.numel()
+        if first < at or bool(((visual[first : last + 1] != image) & (visual[first : last + 1] != 0)).any()):
+            raise ValueError(
+                f"visual_token_mask: image {image} of a row overlaps another image or comes before a lower number, "
+                "expected the images of a row to be numbered in order of appearance, one after the other"
+            )
+        if first > at:
+            spans.append(Span(0, first - at, 0, 0))
+        spans.append(Span(image, last + 1 - first, count, count))
+        at = last + 1
+    if at < n or not spans:
+        spans.append(Span(0, n - at, 0, 0))
+    return spans
+
+
+def _query_tokens(valid: Tensor, labels: Tensor | None, prompt_length: int | None) -> list[list[int]]:
+    """Per row the tokens, counted in the row, right before an answer (labels given) or the last prompt token."""
+    queries = []
+    for b in range(valid.shape[0]):
+        if labels is None:
+            n = int(valid[b, :prompt_length].sum())
+            queries.append([n - 1] if n else [])
+            continue
+        supervised = labels[b][valid[b]] != -100
+        starts = supervised[1:] & ~supervised[:-1]
+        queries.append(starts.nonzero().squeeze(1).tolist())
+    return queries
+
+
+def _bridges(valid: Tensor, visual: Tensor, labels: Tensor | None, borders: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Entry.bridges`; CPU tensors."""
+    if labels is None:
+        nothing = torch.empty(0, dtype=torch.int64)
+        return nothing, nothing, nothing
+    after_visual = torch.zeros_like(valid)
+    after_visual[:, 1:] = valid[:, 1:] & (labels[:, 1:] != -100) & (visual[:, :-1] > 0)
+    rows, columns = after_visual.nonzero(as_tuple=True)
+    packed_index = valid.flatten().long().cumsum(0) - 1
+    supervised = rows * valid.shape[1] + columns
+    first_token = torch.tensor(borders, dtype=torch.int64)[rows]
+    return packed_index[supervised - 1] if supervised.numel() else supervised, first_token, supervised
