@@ -214,7 +214,14 @@ class RaggedCache(Cache):
         self._logical_length = 0
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise ValueError(
+        raise self._not_pruned()
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        raise self._not_pruned()
+
+    @staticmethod
+    def _not_pruned() -> ValueError:
+        return ValueError(
             "past_key_values: a RaggedCache is written by the ragged decoder only; it was handed to a model that is not "
             "being pruned. Enter pruneops.prune(model, ...) first, or start this model with a cache of its own"
         )

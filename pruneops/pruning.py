@@ -25,7 +25,11 @@ from pruneops.report import Report
 SUPPORTED_TEXT_MODELS: tuple[type[nn.Module], ...] = (LlamaModel, Qwen2Model, MistralModel)
 
 _SESSION = "_pruneops"
-_MISSING = object()
+
+
+class _Missing:
+    """Marks an attribute that a module did not have; a class, because copying a model must not change its identity."""
+
 
 
 class Run:
@@ -95,6 +99,7 @@ class Run:
             layer_seconds=self.layer_seconds,
             text_config=self._text_model.config,
             dtype=next(self._text_model.parameters()).dtype,
+            ranked_layers=getattr(self.method, "layers", None) or (),
         )
 
     # -- patching ----------------------------------------------------------------------------------------------------
@@ -119,7 +124,7 @@ class Run:
 
     def remove(self) -> None:
         for module, name, value in reversed(self._saved):
-            if value is _MISSING:
+            if value is _Missing:
                 module.__dict__.pop(name, None)
             else:
                 module.__dict__[name] = value
@@ -129,7 +134,7 @@ class Run:
     def stock(self, module: nn.Module, name: str) -> Callable[..., Any]:
         """The method of `module` as it was before, bound."""
         for saved_module, saved_name, value in self._saved:
-            if saved_module is module and saved_name == name and value is not _MISSING:
+            if saved_module is module and saved_name == name and value is not _Missing:
                 return value
         return MethodType(getattr(type(module), name), module)
 
@@ -138,7 +143,7 @@ class Run:
         self._set(module, name, MethodType(_dressed(stand_in, getattr(type(module), name)), module))
 
     def _set(self, module: nn.Module, name: str, value: Any) -> None:
-        self._saved.append((module, name, module.__dict__.get(name, _MISSING)))
+        self._saved.append((module, name, module.__dict__.get(name, _Missing)))
         module.__dict__[name] = value
 
     # -- the call under way ------------------------------------------------------------------------------------------
@@ -313,6 +318,9 @@ def _text_forward(
     if run._generating and past_key_values is None:
         # Without a cache generate() feeds the whole text each time; the prompt is what came first.
         run._prompt_length = prompt_length = run._prompt_length or columns
+        if run.method.renumbers_positions:
+            # Behind right padding generate() counts on from the padding; the decoder numbers the real tokens.
+            position_ids = None
     outputs = ragged_forward(
         self,
         run.method,

@@ -26,6 +26,11 @@ class PrunedModelMixin:
         self.__dict__["pruning_run"] = run
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        """The weights and their names are the stock class's, so its checkpoint conversions apply."""
+        return False
+
+    @classmethod
     def from_pretrained(
         cls, *args: Any, pruning: PruningMethod | Mapping[str, Any] | None = None, **kwargs: Any
     ) -> Any:
@@ -48,5 +53,6 @@ class PrunedModelMixin:
                 raise TypeError(
                     f"pruning: got {type(pruning).__name__}, expected a pruneops.methods.PruningMethod or its to_dict()"
                 )
-            kwargs["pruning"] = pruning
+            # A dict: a checkpoint that has the key already puts the value into its config, which has to stay JSON.
+            kwargs["pruning"] = pruning.to_dict() if isinstance(pruning, PruningMethod) else dict(pruning)
         return super().from_pretrained(*args, **kwargs)

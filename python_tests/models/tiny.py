@@ -35,7 +35,7 @@ TEXT = {
     "pad_token_id": PAD,
     "bos_token_id": 1,
     "eos_token_id": EOS,
-    "initializer_range": 0.3,
+    "initializer_range": 0.15,
 }
 VISION = {
     "hidden_size": 16,
@@ -45,7 +45,7 @@ VISION = {
     "image_size": 16,
     "patch_size": 4,
     "projection_dim": 16,
-    "initializer_range": 0.3,
+    "initializer_range": 0.15,
 }
 LANGUAGE_MODELS = {
     "llama": (LlamaConfig, LlamaForCausalLM),
