@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaModel, MistralModel, PreTrainedModel, Qwen2Model
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from pruneops.decoder import ATTENTION_NAME, Record, Trace, ragged_forward
+from pruneops import stand_ins
+from pruneops.decoder import ATTENTION_NAME, Record, Trace
 from pruneops.methods.base import PruningMethod
-from pruneops.ragged import image_runs
 from pruneops.report import Report
+from pruneops.stand_ins import RUN_ATTRIBUTE
 
 #: Text models whose decoder layers run packed as they are.
 SUPPORTED_TEXT_MODELS: tuple[type[nn.Module], ...] = (LlamaModel, Qwen2Model, MistralModel)
 
-_SESSION = "_pruneops"
 
 
 class _Missing:
     """Marks an attribute that a module did not have; a class, because copying a model must not change its identity."""
-
 
 
 class Run:
@@ -49,40 +41,41 @@ class Run:
 
     def __init__(self, model: nn.Module, method: PruningMethod, record: bool = False) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module of Hugging Face transformers")
+            raise TypeError(
+                f"model: got {type(model).__name__}, expected a torch.nn.Module of Hugging Face transformers"
+            )
         if not isinstance(method, PruningMethod):
-            raise TypeError(f"method: got {type(method).__name__}, expected a pruneops.methods.PruningMethod such as PyramidDrop()")
+            raise TypeError(
+                f"method: got {type(method).__name__}, expected a pruneops.methods.PruningMethod such as PyramidDrop()"
+            )
         chain = list(_towards_text_model(model))
         self._text_model = chain[-1]
         self._multimodal = next((m for m in chain if hasattr(m, "get_placeholder_mask")), None)
-        self._head = next((m for m in chain if isinstance(m, PreTrainedModel) and isinstance(m, GenerationMixin)), None)
-        for module in self._patched_modules():
-            if getattr(module, _SESSION, None) is not None:
-                raise ValueError(
-                    f"model: got a {type(model).__name__} that is already pruned by {getattr(module, _SESSION).method}, expected "
-                    "one that is not; leave the other `with pruneops.prune(...)` block or call pruneops.detach(model) first"
-                )
+        self._head = next(
+            (m for m in chain if isinstance(m, PreTrainedModel) and isinstance(m, GenerationMixin)), None
+        )
         self.method = method.for_depth(self._text_model.config.num_hidden_layers)
-        self._trace = Trace(record=record)
+        self.trace = Trace(record=record)
         self._saved: list[tuple[nn.Module, str, Any]] = []
         self._attention: str | None = None
-        # Of the call under way: what the multimodal wrapper learned, and the width of the prompt of a `generate` call.
-        self._placeholders: Tensor | None = None
-        self._image_lengths: list[int] | None = None
-        self._prompt_length: int | None = None
-        self._generating = False
+        # Notes of the stand-ins on the call under way: image tokens (batch, length) and tokens of each image,
+        # whether generate() runs, and the columns of its prompt.
+        self.placeholders: Tensor | None = None
+        self.image_lengths: list[int] | None = None
+        self.generating = False
+        self.prompt_length: int | None = None
 
     @property
     def records(self) -> list[Record]:
-        return self._trace.records
+        return self.trace.records
 
     @property
     def layer_lengths(self) -> list[list[int]]:
-        return self._trace.layer_lengths
+        return self.trace.layer_lengths
 
     @property
     def layer_seconds(self) -> list[float]:
-        return self._trace.layer_seconds
+        return self.trace.layer_seconds
 
     def report(self) -> Report:
         """Tokens, FLOPs, key/value bytes and measured time per layer of the latest forward pass over a prompt.
@@ -93,7 +86,9 @@ class Run:
             If the model has not been run yet.
         """
         if not self.layer_lengths:
-            raise ValueError("run: the model has not seen a prompt yet, expected a call of the model or of generate() before report()")
+            raise ValueError(
+                "run: the model has not seen a prompt yet, expected a call of the model or of generate() before report()"
+            )
         return Report.from_run(
             layer_lengths=self.layer_lengths,
             layer_seconds=self.layer_seconds,
@@ -107,17 +102,30 @@ class Run:
     def _patched_modules(self) -> list[nn.Module]:
         return [m for m in (self._text_model, self._multimodal, self._head) if m is not None]
 
+    def __enter__(self) -> Run:
+        self.install()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
     def install(self) -> None:
         for module in self._patched_modules():
-            self._set(module, _SESSION, self)
-        self._replace(self._text_model, "forward", _text_forward)
+            if getattr(module, RUN_ATTRIBUTE, None) is not None:
+                raise ValueError(
+                    f"model: got a {type(module).__name__} that is already pruned by {getattr(module, RUN_ATTRIBUTE).method}, expected "
+                    "one that is not; leave the other `with pruneops.prune(...)` block or call pruneops.detach(model) first"
+                )
+        for module in self._patched_modules():
+            self._set(module, RUN_ATTRIBUTE, self)
+        self._replace(self._text_model, "forward", stand_ins.text_forward)
         if self._multimodal is not None:
-            self._replace(self._multimodal, "forward", _multimodal_forward)
-            self._replace(self._multimodal, "get_image_features", _get_image_features)
-            self._replace(self._multimodal, "get_placeholder_mask", _get_placeholder_mask)
+            self._replace(self._multimodal, "forward", stand_ins.multimodal_forward)
+            self._replace(self._multimodal, "get_image_features", stand_ins.get_image_features)
+            self._replace(self._multimodal, "get_placeholder_mask", stand_ins.get_placeholder_mask)
         if self._head is not None:
-            self._replace(self._head, "forward", _head_forward)
-            self._replace(self._head, "generate", _generate)
+            self._replace(self._head, "forward", stand_ins.head_forward)
+            self._replace(self._head, "generate", stand_ins.generate)
         config = self._text_model.config
         self._attention = config._attn_implementation
         config._attn_implementation = ATTENTION_NAME
@@ -140,23 +148,14 @@ class Run:
 
     def _replace(self, module: nn.Module, name: str, stand_in: Callable[..., Any]) -> None:
         # inspect.signature() of the stand-in has to show the stock arguments: generate() checks and filters by them.
-        self._set(module, name, MethodType(_dressed(stand_in, getattr(type(module), name)), module))
+        self._set(module, name, MethodType(stand_ins.dressed(stand_in, getattr(type(module), name)), module))
 
     def _set(self, module: nn.Module, name: str, value: Any) -> None:
         self._saved.append((module, name, module.__dict__.get(name, _Missing)))
         module.__dict__[name] = value
 
-    # -- the call under way ------------------------------------------------------------------------------------------
 
-    def take_visual_token_mask(self) -> Tensor | None:
-        """``(batch, length)`` int64 image numbers of the call under way, from what the multimodal wrapper saw."""
-        placeholders, lengths = self._placeholders, self._image_lengths
-        self._placeholders = self._image_lengths = None
-        return None if placeholders is None else number_images(placeholders, lengths)
-
-
-@contextmanager
-def prune(model: nn.Module, method: PruningMethod, record: bool = False) -> Iterator[Run]:
+def prune(model: nn.Module, method: PruningMethod, record: bool = False) -> Run:
     """Prune a model within a ``with`` block; afterwards the model is exactly as before.
 
     Parameters
@@ -169,21 +168,17 @@ def prune(model: nn.Module, method: PruningMethod, record: bool = False) -> Iter
     record : bool
         Keep scores and kept positions of every stage in ``run.records``.
 
-    Yields
-    ------
+    Returns
+    -------
     Run
+        The context manager; it may be entered again after it was left.
 
     Raises
     ------
     TypeError, ValueError
         If the model is not supported, is being pruned already, or the method does not fit its depth.
     """
-    run = Run(model, method, record)
-    run.install()
-    try:
-        yield run
-    finally:
-        run.remove()
+    return Run(model, method, record)
 
 
 def attach(model: nn.Module, method: PruningMethod, record: bool = False) -> Run:
@@ -201,9 +196,11 @@ def detach(model: nn.Module) -> nn.Module:
     ValueError
         If nothing is attached to the model.
     """
-    run = getattr(find_text_model(model), _SESSION, None)
+    run = getattr(find_text_model(model), RUN_ATTRIBUTE, None)
     if run is None:
-        raise ValueError(f"model: got a {type(model).__name__} to which nothing is attached, expected one given to pruneops.attach")
+        raise ValueError(
+            f"model: got a {type(model).__name__} to which nothing is attached, expected one given to pruneops.attach"
+        )
     run.remove()
     return model
 
@@ -229,267 +226,9 @@ def _towards_text_model(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(candidate, SUPPORTED_TEXT_MODELS):
             return
         seen.add(id(candidate))
-        inner = (getattr(candidate, name, None) for name in ("language_model", "module", "model", "base_model"))
+        inner = (
+            getattr(candidate, name, None) for name in ("language_model", "module", "model", "base_model")
+        )
         candidate = next((m for m in inner if isinstance(m, nn.Module) and id(m) not in seen), None)
     names = ", ".join(cls.__name__ for cls in SUPPORTED_TEXT_MODELS)
     raise ValueError(f"model: got a {type(model).__name__}, expected one whose text model is one of {names}")
-
-
-def number_images(placeholders: Tensor, image_lengths: list[int] | None) -> Tensor:
-    """Number the images of each row.
-
-    Parameters
-    ----------
-    placeholders : Tensor
-        ``(batch, length)`` bool, True at image tokens.
-    image_lengths : list of int or None
-        Tokens of every image, in order over the whole batch; None: every maximal run is an image.
-
-    Returns
-    -------
-    Tensor
-        ``(batch, length)`` int64: 0 for text, i for the row's i-th image.
-
-    Raises
-    ------
-    ValueError
-        If an image would be spread over two rows.
-    """
-    if image_lengths is None:
-        return image_runs(placeholders)
-    flat = placeholders.flatten().cpu()
-    columns = placeholders.shape[1]
-    rows = flat.nonzero().squeeze(1) // columns
-    image = torch.repeat_interleave(torch.arange(len(image_lengths)), torch.tensor(image_lengths, dtype=torch.int64))
-    if image.numel() != rows.numel():
-        raise ValueError(
-            f"input_ids: got {rows.numel()} image placeholders, expected {image.numel()}, one for each token of the "
-            f"{len(image_lengths)} images"
-        )
-    if not image.numel():
-        return torch.zeros_like(placeholders, dtype=torch.int64)
-    first_row = torch.full((len(image_lengths),), columns * placeholders.shape[0]).scatter_reduce(0, image, rows, "amin")
-    if bool((rows != first_row[image]).any()):
-        spread = int(image[rows != first_row[image]][0])
-        raise ValueError(
-            f"input_ids: the placeholders of image {spread} are spread over two rows, expected all {image_lengths[spread]} in one; "
-            "the rows' numbers of placeholders do not match their images"
-        )
-    first_image = torch.full((placeholders.shape[0],), len(image_lengths)).scatter_reduce(0, rows, image, "amin")
-    numbers = torch.zeros(flat.shape[0], dtype=torch.int64)
-    numbers[flat] = image - first_image[rows] + 1
-    return numbers.view_as(placeholders).to(placeholders.device)
-
-
-# -- what stands in for the models' own methods. Plain functions that find the run on the module they are bound to, so that
-# -- copying a pruned model copies a pruned model.
-
-
-def _text_forward(
-    self: nn.Module,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Cache | None = None,
-    inputs_embeds: Tensor | None = None,
-    use_cache: bool | None = None,
-    visual_token_mask: Tensor | None = None,
-    pruning_labels: Tensor | None = None,
-    **kwargs: Any,
-) -> BaseModelOutputWithPast | tuple[Any, ...]:
-    """The text model's forward while it is pruned: the arguments of the stock one and ``visual_token_mask``."""
-    run: Run = getattr(self, _SESSION)
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("input_ids, inputs_embeds: got both or neither, expected exactly one of them")
-    if inputs_embeds is None:
-        inputs_embeds = self.embed_tokens(input_ids)
-    output_hidden_states = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
-    _refuse(self, kwargs, attention_mask, position_ids, inputs_embeds)
-    if visual_token_mask is None:
-        visual_token_mask = run.take_visual_token_mask()
-    batch, columns = inputs_embeds.shape[:2]
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
-    if use_cache is None:
-        # A training step has no use for keys and values.
-        use_cache = bool(self.config.use_cache) and not self.training
-    if self.training and getattr(self, "gradient_checkpointing", False):
-        use_cache = False
-    prompt_length = None
-    if run._generating and past_key_values is None:
-        # Without a cache generate() feeds the whole text each time; the prompt is what came first.
-        run._prompt_length = prompt_length = run._prompt_length or columns
-        if run.method.renumbers_positions:
-            # Behind right padding generate() counts on from the padding; the decoder numbers the real tokens.
-            position_ids = None
-    outputs = ragged_forward(
-        self,
-        run.method,
-        run._trace,
-        inputs_embeds=inputs_embeds,
-        attention_mask=_columns(attention_mask, "attention_mask", batch, past, columns, None),
-        position_ids=_last_columns(position_ids, batch, columns),
-        visual_token_mask=_columns(visual_token_mask, "visual_token_mask", batch, past, columns, 0),
-        labels=_columns(pruning_labels, "labels", batch, 0, columns, None),
-        past_key_values=past_key_values,
-        use_cache=use_cache,
-        output_hidden_states=bool(output_hidden_states),
-        prompt_length=prompt_length,
-    )
-    return outputs if kwargs.get("return_dict", True) is not False else outputs.to_tuple()
-
-
-def _refuse(
-    text_model: nn.Module,
-    kwargs: dict[str, Any],
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    inputs_embeds: Tensor,
-) -> None:
-    """Refuse what cannot be right with pruned tokens."""
-    if kwargs.get("output_attentions", getattr(text_model.config, "output_attentions", False)):
-        raise ValueError(
-            "output_attentions: got True, expected False; attention maps of pruned, ragged layers have no common shape and the "
-            "kernels never build them (prune(..., record=True) keeps the scores that pruning used)"
-        )
-    packed = [k for k in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx") if kwargs.get(k) is not None]
-    if packed:
-        raise ValueError(f"{packed[0]}: got a tensor, expected None; rows that hold several packed sequences are not supported")
-    if position_ids is not None and attention_mask is None and inputs_embeds.shape[1] > 1 and position_ids.dim() == 2:
-        if bool((position_ids[:, 1:] < position_ids[:, :-1]).any()):
-            raise ValueError(
-                "position_ids: got positions that decrease within a row, expected increasing ones (rows that hold several packed "
-                "sequences are not supported; for padding pass attention_mask)"
-            )
-
-
-def _columns(
-    mask: Tensor | None, name: str, batch: int, past: int, columns: int, pad: int | None
-) -> Tensor | None:
-    """The part of a ``(batch, n)`` mask that belongs to the `columns` columns after `past` ones."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: got {type(mask).__name__}, expected a tensor of shape (batch, length)")
-    if mask.dim() != 2 or mask.shape[0] != batch:
-        raise ValueError(f"{name}: got shape {tuple(mask.shape)}, expected ({batch}, length); 4-D masks cannot be packed")
-    if name == "visual_token_mask" and mask.is_floating_point():
-        raise TypeError(f"{name}: got {mask.dtype}, expected bool, or integers with the number of the row's image")
-    if mask.shape[1] == columns:
-        return mask
-    if mask.shape[1] >= past + columns:
-        if mask.shape[1] > past + columns and name != "visual_token_mask":
-            raise ValueError(f"{name}: got {mask.shape[1]} columns, expected {past + columns} ({past} in the cache, {columns} new)")
-        return mask[:, past : past + columns]
-    if pad is None:
-        raise ValueError(f"{name}: got {mask.shape[1]} columns, expected {columns} or {past + columns} ({past} in the cache)")
-    # The mask of a prompt, while generated tokens follow.
-    return nn.functional.pad(mask, (0, past + columns - mask.shape[1]), value=pad)[:, past:]
-
-
-def _last_columns(position_ids: Tensor | None, batch: int, columns: int) -> Tensor | None:
-    if position_ids is None:
-        return None
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] < columns:
-        raise ValueError(f"position_ids: got shape {tuple(position_ids.shape)}, expected ({batch}, {columns}) or (1, {columns})")
-    return position_ids[:, -columns:]
-
-
-@functools.cache
-def _dressed(stand_in: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`stand_in` with the name, docstring and signature of the stock method, and ``visual_token_mask`` if it is a forward."""
-
-    @functools.wraps(stock)
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return stand_in(self, *args, **kwargs)
-
-    signature = inspect.signature(stock)
-    if stock.__name__ == "forward" and "visual_token_mask" not in signature.parameters:
-        parameters = list(signature.parameters.values())
-        at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        parameters.insert(at, inspect.Parameter("visual_token_mask", inspect.Parameter.KEYWORD_ONLY, default=None))
-        signature = signature.replace(parameters=parameters)
-    method.__signature__ = signature
-    return method
-
-
-def _head_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Forward of the model with the head: shows the labels to the decoder, which ranks by them."""
-    stock = getattr(self, _SESSION).stock(self, "forward")
-    bound = inspect.signature(stock).bind_partial(*args, **kwargs)
-    labels = bound.arguments.get("labels")
-    if labels is None:
-        return stock(*args, **kwargs)
-    # A copy: the decoder masks labels that no token is left to predict.
-    bound.arguments["labels"] = labels.clone()
-    return stock(*bound.args, **bound.kwargs, pruning_labels=bound.arguments["labels"])
-
-
-def _multimodal_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Forward of the model between images and text: notes which tokens are whose image."""
-    run: Run = getattr(self, _SESSION)
-    run._placeholders = run._image_lengths = None
-    encoded = kwargs.get("mm_encoder_outputs")
-    if encoded and encoded.get("image") is not None:
-        run._image_lengths = [len(features) for features in encoded["image"].pooler_output]
-    try:
-        return run.stock(self, "forward")(*args, **kwargs)
-    finally:
-        run._placeholders = run._image_lengths = None
-
-
-def _get_image_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    run: Run = getattr(self, _SESSION)
-    outputs = run.stock(self, "get_image_features")(*args, **kwargs)
-    features = getattr(outputs, "pooler_output", None)
-    run._image_lengths = None if features is None else [len(f) for f in features]
-    return outputs
-
-
-def _get_placeholder_mask(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    run: Run = getattr(self, _SESSION)
-    mask = run.stock(self, "get_placeholder_mask")(*args, **kwargs)
-    run._placeholders = mask[..., 0]
-    return mask
-
-
-def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    run: Run = getattr(self, _SESSION)
-    _refuse_generation(self, kwargs)
-    run._generating, run._prompt_length = True, None
-    try:
-        return run.stock(self, "generate")(*args, **kwargs)
-    finally:
-        run._generating, run._prompt_length = False, None
-
-
-def _refuse_generation(model: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Refuse generation modes that need a cache whose rows and layers are equally long."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-
-    def setting(name: str) -> Any:
-        return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
-
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-        if setting(name) is not None:
-            raise ValueError(
-                f"{name}: assisted decoding takes tokens back from the cache, which a pruned cache cannot do because its layers "
-                f"hold different tokens; expected {name}=None"
-            )
-    if setting("cache_implementation") not in (None, "dynamic"):
-        raise ValueError(
-            f"cache_implementation: got {setting('cache_implementation')!r}, expected None or 'dynamic'; static, quantized and "
-            "offloaded caches give every row and layer the same length, pruning does not"
-        )
-    if setting("prefill_chunk_size") is not None:
-        raise ValueError(
-            f"prefill_chunk_size: got {setting('prefill_chunk_size')}, expected None; tokens are ranked by the end of the prompt, "
-            "so the prompt has to come in one piece"
-        )
-    if setting("output_attentions"):
-        raise ValueError("output_attentions: got True, expected False; the attention kernels never build attention maps")
-    if kwargs.get("inputs_embeds") is not None and kwargs.get("visual_token_mask") is None and kwargs.get("pixel_values") is None:
-        warnings.warn(
-            "generate() got inputs_embeds but neither pixel_values nor visual_token_mask: no token is known to be visual, so nothing "
-            "is pruned",
-            stacklevel=3,
-        )

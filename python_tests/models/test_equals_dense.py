@@ -17,13 +17,19 @@ TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 ROWS = {
     "one image a row": [tiny.row(3, 1, 5, seed=1), tiny.row(2, 1, 9, seed=2)],
     "text-only row": [tiny.row(3, 1, 5, seed=1), tiny.row(9, 0, 3, seed=3)],
-    "several images a row": [tiny.row(3, 2, 5, seed=1), tiny.row(1, 3, 4, seed=2, between=0), tiny.row(4, 1, 2, seed=3)],
+    "several images a row": [
+        tiny.row(3, 2, 5, seed=1),
+        tiny.row(1, 3, 4, seed=2, between=0),
+        tiny.row(4, 1, 2, seed=3),
+    ],
     "single row": [tiny.row(3, 1, 5, seed=1)],
     "only text": [tiny.row(5, 0, 4, seed=1), tiny.row(2, 0, 3, seed=2)],
 }
 
 
-def dense_logits_row_by_row(model: torch.nn.Module, rows: list[list[int]], pixel_values: Tensor | None) -> list[Tensor]:
+def dense_logits_row_by_row(
+    model: torch.nn.Module, rows: list[list[int]], pixel_values: Tensor | None
+) -> list[Tensor]:
     """Logits of each row run alone and unpadded."""
     logits, used = [], 0
     for ids in rows:
@@ -120,7 +126,9 @@ def test_right_padded_generate_continues_each_row_as_if_it_were_alone() -> None:
     batch = tiny.llava_batch(rows, "right")
     expected = []
     for b, ids in enumerate(rows):
-        alone = model.generate(input_ids=torch.tensor([ids]), pixel_values=batch["pixel_values"][b : b + 1], max_new_tokens=5)
+        alone = model.generate(
+            input_ids=torch.tensor([ids]), pixel_values=batch["pixel_values"][b : b + 1], max_new_tokens=5
+        )
         expected.append(alone[0, len(ids) :].tolist())
     with pruneops.prune(model, KEEP_ALL):
         for options in ({}, {"use_cache": False}):
@@ -132,12 +140,16 @@ def test_right_padded_generate_continues_each_row_as_if_it_were_alone() -> None:
 def test_a_second_turn_on_the_cache(second_image: bool) -> None:
     model = tiny.llava()
     batch = tiny.llava_batch(ROWS["one image a row"], "left")
-    turn = tiny.pad([tiny.row(2, int(second_image), 3, seed=5), tiny.row(4, int(second_image), 6, seed=6)], "left")
+    turn = tiny.pad(
+        [tiny.row(2, int(second_image), 3, seed=5), tiny.row(4, int(second_image), 6, seed=6)], "left"
+    )
 
     def two_turns() -> tuple[Tensor, Tensor]:
         first = model.generate(**batch, max_new_tokens=4, return_dict_in_generate=True)
         ids = torch.cat([first.sequences, turn["input_ids"]], 1)
-        mask = torch.cat([batch["attention_mask"], torch.ones(2, 4, dtype=torch.long), turn["attention_mask"]], 1)
+        mask = torch.cat(
+            [batch["attention_mask"], torch.ones(2, 4, dtype=torch.long), turn["attention_mask"]], 1
+        )
         images = {"pixel_values": tiny.pixels(2, seed=9)} if second_image else {}
         second = model.generate(
             input_ids=ids,

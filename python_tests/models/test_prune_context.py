@@ -19,7 +19,9 @@ DROP = PyramidDrop(layers=(2, 4), keep_ratios=(0.5, 0.25))
 def fingerprint(model: nn.Module) -> dict:
     """Everything that patching could touch: attributes of all modules, configs, weights."""
     return {
-        "attributes": {name: {k: id(v) for k, v in module.__dict__.items()} for name, module in model.named_modules()},
+        "attributes": {
+            name: {k: id(v) for k, v in module.__dict__.items()} for name, module in model.named_modules()
+        },
         "configs": [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")],
         "config": model.config.to_json_string(),
         "weights": {k: (id(v), v._version) for k, v in model.state_dict(keep_vars=True).items()},
@@ -33,7 +35,9 @@ def warm(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("build", [tiny.llava, tiny.llava_next, tiny.language_model], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "build", [tiny.llava, tiny.llava_next, tiny.language_model], ids=lambda f: f.__name__
+)
 def test_the_model_is_exactly_restored(build) -> None:
     model = build()
     before = fingerprint(model)
@@ -71,6 +75,20 @@ def test_blocks_may_follow_each_other_and_the_method_may_change() -> None:
     assert lengths == [[24] * 6, [24, 24, 16, 16, 12, 12], [24] * 6]
 
 
+def test_a_context_may_be_entered_again() -> None:
+    model = warm(tiny.llava())
+    before = fingerprint(model)
+    context = pruneops.prune(model, DROP)
+    for _ in range(2):
+        with context as run, torch.no_grad():
+            model(**tiny.llava_batch([tiny.row(3, 1, 5)]))
+        assert run is context and run.layer_lengths[-1] == [12]
+        assert fingerprint(model) == before
+    with context, pytest.raises(ValueError, match="already pruned"), context:
+        pass
+    assert fingerprint(model) == before
+
+
 def test_nesting_is_refused_and_harmless() -> None:
     model = warm(tiny.llava())
     before = fingerprint(model)
@@ -87,7 +105,11 @@ def test_nesting_is_refused_and_harmless() -> None:
 
 def test_two_models_may_be_pruned_at_once() -> None:
     one, two = tiny.llava(), tiny.language_model()
-    with pruneops.prune(one, DROP) as run_one, pruneops.prune(two, PyramidDrop((3,), (0.25,))) as run_two, torch.no_grad():
+    with (
+        pruneops.prune(one, DROP) as run_one,
+        pruneops.prune(two, PyramidDrop((3,), (0.25,))) as run_two,
+        torch.no_grad(),
+    ):
         one(**tiny.llava_batch([tiny.row(3, 1, 5)]))
         ids = torch.tensor([tiny.row(3, 1, 5)])
         two(input_ids=ids, visual_token_mask=ids == tiny.IMAGE)
@@ -112,7 +134,11 @@ def test_generate_may_be_asked_for_its_arguments() -> None:
     model = tiny.language_model()
     stock = inspect.signature(model.forward).parameters
     with pruneops.prune(model, DROP):
-        assert list(inspect.signature(model.forward).parameters) == [*list(stock)[:-1], "visual_token_mask", list(stock)[-1]]
+        assert list(inspect.signature(model.forward).parameters) == [
+            *list(stock)[:-1],
+            "visual_token_mask",
+            list(stock)[-1],
+        ]
         ids = torch.tensor([tiny.row(3, 1, 5)])
         sequences = model.generate(ids, visual_token_mask=ids == tiny.IMAGE, max_new_tokens=3)
         assert sequences.shape == (1, 27)
@@ -172,7 +198,9 @@ def test_an_empty_dynamic_cache_of_the_caller_is_filled_in_place() -> None:
     batch = tiny.llava_batch([tiny.row(3, 1, 5)])
     with pruneops.prune(model, DROP):
         cache = DynamicCache(config=model.config)
-        outputs = model.generate(**batch, past_key_values=cache, max_new_tokens=4, return_dict_in_generate=True)
+        outputs = model.generate(
+            **batch, past_key_values=cache, max_new_tokens=4, return_dict_in_generate=True
+        )
         assert outputs.past_key_values is cache
         assert cache.get_seq_length() == 27 and cache.lengths(5) == [15]
 

@@ -18,7 +18,11 @@ BATCH = tiny.llava_batch([tiny.row(3, 1, 5)])
     ("arguments", "error", "message"),
     [
         ({"layers": (2, 4), "keep_ratios": (0.5,)}, ValueError, "keep_ratios: got 1 ratios for 2 layers"),
-        ({"layers": (4, 2), "keep_ratios": (0.5, 0.25)}, ValueError, r"layers: got \(4, 2\), expected strictly increasing"),
+        (
+            {"layers": (4, 2), "keep_ratios": (0.5, 0.25)},
+            ValueError,
+            r"layers: got \(4, 2\), expected strictly increasing",
+        ),
         ({"layers": (2, 2), "keep_ratios": (0.5, 0.25)}, ValueError, "layers: got"),
         ({"layers": (0, 2), "keep_ratios": (0.5, 0.25)}, ValueError, "layers: got"),
         ({"layers": (2.5,), "keep_ratios": (0.5,)}, TypeError, "layers: got 2.5"),
@@ -26,7 +30,11 @@ BATCH = tiny.llava_batch([tiny.row(3, 1, 5)])
         ({"layers": 2, "keep_ratios": (0.5,)}, TypeError, "layers: got 2, expected a sequence"),
         ({"layers": (2,), "keep_ratios": 0.5}, TypeError, "keep_ratios: got 0.5, expected a sequence"),
         ({"layers": (2,), "keep_ratios": "5"}, TypeError, "keep_ratios: got '5'"),
-        ({"layers": (2,), "keep_ratios": (0.0,)}, ValueError, r"keep_ratios: got 0.0, expected a share in \(0, 1\]"),
+        (
+            {"layers": (2,), "keep_ratios": (0.0,)},
+            ValueError,
+            r"keep_ratios: got 0.0, expected a share in \(0, 1\]",
+        ),
         ({"layers": (2,), "keep_ratios": (-0.5,)}, ValueError, "keep_ratios: got -0.5"),
         ({"layers": (2,), "keep_ratios": (1.5,)}, ValueError, "keep_ratios: got 1.5"),
         ({"layers": (2,), "keep_ratios": (float("nan"),)}, ValueError, "keep_ratios: got nan"),
@@ -55,7 +63,9 @@ def test_models_that_are_not_supported() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10))
-    with pytest.raises(ValueError, match="model: got a GPT2LMHeadModel, expected one whose text model is one of LlamaModel"):
+    with pytest.raises(
+        ValueError, match="model: got a GPT2LMHeadModel, expected one whose text model is one of LlamaModel"
+    ):
         pruneops.attach(gpt2, DROP)
     with pytest.raises(ValueError, match="model: got a Linear"):
         pruneops.attach(torch.nn.Linear(2, 2), DROP)
@@ -97,7 +107,10 @@ def test_generation_modes_that_need_equal_lengths(options: dict, message: str) -
 
 def test_assisted_decoding() -> None:
     model = tiny.llava()
-    with pruneops.prune(model, DROP), pytest.raises(ValueError, match="assistant_model: assisted decoding takes tokens back"):
+    with (
+        pruneops.prune(model, DROP),
+        pytest.raises(ValueError, match="assistant_model: assisted decoding takes tokens back"),
+    ):
         model.generate(**BATCH, max_new_tokens=3, assistant_model=tiny.language_model())
 
 
@@ -122,7 +135,10 @@ def test_caches_that_cannot_be_ragged() -> None:
 
 def test_attention_maps() -> None:
     model = tiny.llava()
-    with pruneops.prune(model, DROP), pytest.raises(ValueError, match="output_attentions: got True, expected False"):
+    with (
+        pruneops.prune(model, DROP),
+        pytest.raises(ValueError, match="output_attentions: got True, expected False"),
+    ):
         model(**BATCH, output_attentions=True)
 
 
@@ -141,7 +157,9 @@ def test_sequences_longer_than_the_sliding_window(family: str) -> None:
     model = tiny.language_model(family, sliding_window=8, **extra)
     with pruneops.prune(model, DROP), torch.no_grad():
         model(input_ids=torch.tensor([list(range(2, 10))]))
-        with pytest.raises(ValueError, match="sliding_window: the model attends 8 tokens back and the batch is 9"):
+        with pytest.raises(
+            ValueError, match="sliding_window: the model attends 8 tokens back and the batch is 9"
+        ):
             model(input_ids=torch.tensor([list(range(2, 11))]))
         with pytest.raises(ValueError, match="sliding_window"):
             model.generate(torch.tensor([list(range(2, 10))]), max_new_tokens=3)
@@ -167,17 +185,42 @@ def test_placeholders_that_do_not_match_the_images() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
-        ("visual_token_mask", torch.ones(1, 5, dtype=torch.bool)[0], ValueError, "visual_token_mask: got shape"),
+        (
+            "visual_token_mask",
+            torch.ones(1, 5, dtype=torch.bool)[0],
+            ValueError,
+            "visual_token_mask: got shape",
+        ),
         ("visual_token_mask", torch.ones(2, 5, dtype=torch.bool), ValueError, "visual_token_mask: got shape"),
         ("visual_token_mask", torch.ones(1, 5), TypeError, "visual_token_mask: got torch.float32"),
-        ("visual_token_mask", torch.tensor([[0, -1, 0, 0, 0]]), ValueError, "visual_token_mask: got the value -1"),
-        ("visual_token_mask", torch.tensor([[0, 1, 2, 1, 0]]), ValueError, "image 1 of a row overlaps another"),
+        (
+            "visual_token_mask",
+            torch.tensor([[0, -1, 0, 0, 0]]),
+            ValueError,
+            "visual_token_mask: got the value -1",
+        ),
+        (
+            "visual_token_mask",
+            torch.tensor([[0, 1, 2, 1, 0]]),
+            ValueError,
+            "image 1 of a row overlaps another",
+        ),
         ("visual_token_mask", torch.tensor([[0, 2, 0, 1, 0]]), ValueError, "comes before a lower number"),
         ("visual_token_mask", [[0, 1, 1, 1, 0]], TypeError, "visual_token_mask: got list"),
-        ("attention_mask", torch.ones(1, 1, 5, 5), ValueError, "attention_mask: got shape .* 4-D masks cannot be packed"),
+        (
+            "attention_mask",
+            torch.ones(1, 1, 5, 5),
+            ValueError,
+            "attention_mask: got shape .* 4-D masks cannot be packed",
+        ),
         ("attention_mask", torch.ones(1, 4), ValueError, "attention_mask: got 4 columns, expected 5"),
         ("attention_mask", torch.ones(1, 6), ValueError, "attention_mask: got 6 columns"),
-        ("position_ids", torch.tensor([[0, 1, 0, 1, 2]]), ValueError, "position_ids: got positions that decrease"),
+        (
+            "position_ids",
+            torch.tensor([[0, 1, 0, 1, 2]]),
+            ValueError,
+            "position_ids: got positions that decrease",
+        ),
         ("position_ids", torch.zeros(3, 1, 5, dtype=torch.long), ValueError, "position_ids: got shape"),
         ("cu_seq_lens_q", torch.tensor([0, 2, 5], dtype=torch.int32), ValueError, "cu_seq_lens_q"),
     ],
