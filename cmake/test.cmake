@@ -1,0 +1,12 @@
+# C++ tests of the torch-free kernels: every csrc/tests/test_*.cpp becomes one executable, run by `ctest`.
+
+enable_testing()
+find_package(Threads REQUIRED)
+file(GLOB test_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/tests/test_*.cpp")
+foreach(source IN LISTS test_sources)
+  get_filename_component(name "${source}" NAME_WE)
+  add_executable(${name} "${source}" $<TARGET_OBJECTS:pruneops_kernels>)
+  pruneops_target_defaults(${name})
+  target_link_libraries(${name} PRIVATE Threads::Threads)
+  add_test(NAME ${name} COMMAND ${name})
+endforeach()

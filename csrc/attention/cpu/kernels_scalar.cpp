@@ -1,0 +1,3 @@
+#define PRUNEOPS_ISA_SCALAR
+
+#include "attention/cpu/kernels.h"

@@ -1,0 +1,99 @@
+// Checks and allocation for the torch wrappers, on the stable ABI only. The Python front-ends give
+// the precise errors; these checks keep direct callers of torch.ops.pruneops from crashing the
+// process.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "common/huge_pages.h"
+
+namespace pruneops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Indices and boundaries are int32, so no packed dimension may be longer than this.
+constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
+
+inline void check_cpu(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be a CPU tensor");
+}
+
+inline void check_dim(const Tensor& t, int64_t dim, const char* name) {
+  STD_TORCH_CHECK(t.dim() == dim, name, " must have ", dim, " dimensions, got ", t.dim());
+}
+
+inline void check_dtype(const Tensor& t, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " must be ", torch::headeronly::toString(dtype),
+                  ", got ", torch::headeronly::toString(t.scalar_type()));
+}
+
+// fp32, bf16 or fp16
+inline void check_floating(const Tensor& t, const char* name) {
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+      name, " must be float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype));
+}
+
+inline void check_size(const Tensor& t, int64_t dim, int64_t size, const char* name) {
+  STD_TORCH_CHECK(t.size(dim) == size, name, " must have size ", size, " in dimension ", dim,
+                  ", got ", t.size(dim));
+}
+
+// A 1-D CPU vector of `dtype` and, if size >= 0, of that length; returned contiguous.
+inline Tensor checked_vector(const Tensor& t, ScalarType dtype, int64_t size, const char* name) {
+  check_cpu(t, name);
+  check_dim(t, 1, name);
+  check_dtype(t, dtype, name);
+  if (size >= 0) check_size(t, 0, size, name);
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline std::optional<Tensor> checked_vector(const std::optional<Tensor>& t, ScalarType dtype,
+                                            int64_t size, const char* name) {
+  if (!t.has_value()) return std::nullopt;
+  return checked_vector(*t, dtype, size, name);
+}
+
+// cu_seqlens: int32 [B + 1], so at least one entry.
+inline Tensor checked_cu_seqlens(const Tensor& t, const char* name) {
+  Tensor out = checked_vector(t, ScalarType::Int, -1, name);
+  STD_TORCH_CHECK(out.size(0) >= 1, name, " must have at least one entry");
+  return out;
+}
+
+// Uninitialised contiguous CPU tensor whose dtype is that of `like`, whatever dtype that is. One
+// call into libtorch without the dispatcher.
+//   sizes  extents of the new tensor
+inline Tensor empty_cpu_like_dtype(const Tensor& like, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d] > 0 ? sizes[d] : 1;
+  }
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor out(handle);
+  if (out.numel() > 0) {
+    advise_huge_pages(out.mutable_data_ptr(),
+                      out.numel() * static_cast<int64_t>(out.element_size()));
+  }
+  return out;
+}
+
+}  // namespace pruneops

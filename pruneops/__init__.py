@@ -1,0 +1,61 @@
+"""pruneops: multimodal language models that carry fewer visual tokens.
+
+Importing the package loads neither torch nor the compiled kernels; every attribute below is resolved when it
+is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pruneops._version import __version__
+
+if TYPE_CHECKING:
+    from pruneops.pruning import attach, detach, prune
+
+__all__ = ["__version__", "attach", "build_info", "detach", "prune"]
+
+_LAZY_ATTRIBUTES = {"attach": "pruning", "detach": "pruning", "prune": "pruning"}
+_LAZY_MODULES = frozenset({"analysis", "backends", "methods", "models", "ops", "reference", "testing"})
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled and what runs here.
+
+    Returns
+    -------
+    dict
+        Of the build: ``version``, ``compiler``, ``cxx_flags``, ``cxx_standard``, ``torch_build_version``
+        (the headers it used), ``torch_target_version`` (the lowest torch the library runs on), ``isas``
+        (compiled instruction sets), ``sanitized``, ``cuda`` and ``cuda_reason``. Of the machine:
+        ``cpu_features`` and ``active_isa``, the instruction set that the CPU kernels use.
+
+    Raises
+    ------
+    RuntimeError
+        If the environment variable ``PRUNEOPS_CPU_ISA`` names an instruction set that is unknown or not
+        available.
+    """
+    from pruneops import _runtime
+
+    return {
+        **_runtime.build_info(),
+        "cpu_features": _runtime.cpu_features(),
+        "active_isa": _runtime.active_isa(),
+    }
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY_ATTRIBUTES:
+        value = getattr(importlib.import_module(f"pruneops.{_LAZY_ATTRIBUTES[name]}"), name)
+    elif name in _LAZY_MODULES:
+        value = importlib.import_module(f"pruneops.{name}")
+    else:
+        raise AttributeError(f"module 'pruneops' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_LAZY_MODULES})
