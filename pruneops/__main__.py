@@ -1,0 +1,7 @@
+"""``python -m pruneops``."""
+
+import sys
+
+from pruneops.cli import main
+
+sys.exit(main())

@@ -1,0 +1,434 @@
+"""The command line: ``pruneops run`` answers about images dense and pruned, ``pruneops info`` says what is
+installed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pruneops._version import __version__
+
+if TYPE_CHECKING:
+    from pruneops.methods import PruningMethod
+    from pruneops.runner import Answer, Inputs, Loaded, Question
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+DEFAULT_PROMPT = "What is in this picture?"
+
+RUN_TEXT = """\
+Answers a question about one or more images three times: with the stock model, with
+the ragged decoder but no pruning ("dense"), and pruned. Prints the answers and a table
+of tokens, FLOPs, bytes of keys and values and measured time per group of layers, and
+writes a picture of the patches that each stage kept.
+
+Several --image or --prompt make one batch: a single one serves every entry of the other.
+"""
+RUN_EXAMPLES = """\
+examples:
+  pruneops run
+  pruneops run --image cat.jpg --prompt "What animal is this?"
+  pruneops run --image a.jpg --image b.jpg --layers 2,4,6 --keep 0.5,0.25,0.125
+  pruneops run --model llava-hf/llava-1.5-7b-hf --image cat.jpg --out kept.png
+
+exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong on one line instead of printing the whole usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(prog="pruneops", description="Multimodal language models that carry fewer visual tokens.")
+    parser.add_argument("--version", action="version", version=f"pruneops {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    run = commands.add_parser(
+        "run",
+        help="answer about images, dense and pruned, and show what was kept",
+        description=RUN_TEXT,
+        epilog=RUN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ask = run.add_argument_group("what to answer")
+    ask.add_argument(
+        "--image",
+        action="append",
+        type=Path,
+        metavar="PATH",
+        help="an image file; may be repeated (default: the photograph that ships with pruneops)",
+    )
+    ask.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help=f"the question; may be repeated (default: {DEFAULT_PROMPT!r})",
+    )
+    ask.add_argument(
+        "--batch",
+        type=_positive,
+        metavar="N",
+        help="repeat the questions until the batch has N rows (default: one row a question)",
+    )
+    ask.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        metavar="N",
+        help="tokens to answer with at most, chosen greedily (default: 64, or 16 with the small model)",
+    )
+
+    how = run.add_argument_group("model and method")
+    how.add_argument(
+        "--model",
+        metavar="ID_OR_PATH",
+        help="a LLaVA or LLaVA-NeXT checkpoint in Hugging Face format: "
+        "a folder or a hub name (default: a small LLaVA built on the spot, untrained: words mean nothing)",
+    )
+    how.add_argument(
+        "--method",
+        choices=["pyramiddrop"],
+        default="pyramiddrop",
+        help="the pruning method (default: %(default)s)",
+    )
+    how.add_argument(
+        "--layers",
+        type=_integers,
+        metavar="I,J,...",
+        help="decoder layers that run before each drop (default: the quarter points of the depth, 8,16,24 of 32)",
+    )
+    how.add_argument(
+        "--keep",
+        type=_numbers,
+        metavar="R,S,...",
+        help="share of an image's tokens kept after each drop, in (0, 1], not increasing (default: 0.5,0.25,0.125)",
+    )
+    how.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="dtype of the weights; auto is the checkpoint's own (default: %(default)s)",
+    )
+    how.add_argument(
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="torch device such as cpu or cuda (default: %(default)s)",
+    )
+    how.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of torch and of the small model's weights (default: %(default)s)",
+    )
+    how.add_argument(
+        "--repeat",
+        type=_positive,
+        metavar="N",
+        help="answer N times each way and report the fastest (default: up to 3, fewer if slow)",
+    )
+
+    out = run.add_argument_group("output")
+    out.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo"),
+        metavar="DIR|PNG",
+        help="where the picture goes: a folder (then kept.png in it) or a picture file (default: %(default)s)",
+    )
+    out.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write everything as JSON: answers, both reports, kept patches, versions",
+    )
+    out.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    run.set_defaults(action=_run)
+
+    info = commands.add_parser(
+        "info",
+        help="show versions, the build, the instruction set, and which backend runs each op",
+        description="Prints versions, how the compiled library was built, the instruction set that runs "
+        "here, and for every op which backend runs it and why.",
+    )
+    info.set_defaults(action=_info)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; errors become one line on stderr."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.action(options)
+    except (ValueError, TypeError) as error:
+        return _fail(error, BAD_INPUT)
+    except (ImportError, OSError, RuntimeError, NotImplementedError) as error:
+        return _fail(error, FAILED)
+    except KeyboardInterrupt:
+        print("pruneops: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _fail(error: Exception, code: int) -> int:
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and error.name in ("transformers", "PIL", "tokenizers", "tqdm"):
+        message = f"this command needs {error.name}: install pruneops[cli]"
+    print(f"pruneops: error: {message}", file=sys.stderr)
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pruneops import runner
+
+    questions = _questions(options.image, options.prompt, options.batch)
+    picture_path = _picture_path(options.out)
+    images = runner.check_images(questions)
+    for path in filter(None, (picture_path, options.json)):
+        _make_writable(path)
+    progress = runner.Progress(options.quiet)
+    with progress.step("starting torch and transformers"):
+        method = _method(options.method, options.layers, options.keep)
+        _quiet_libraries(keep_bars=options.model is not None and not options.quiet)
+    with progress.step("loading the model"):
+        loaded = runner.load(options.model, method, options.dtype, options.device, options.seed)
+    method = method.for_depth(loaded.depth)
+    inputs = runner.prepare(loaded, questions, images)
+    ways = {"stock": None, "dense": _method(options.method, (), ()), "pruned": method}
+    answers: dict[str, Answer] = {}
+    for name, way in ways.items():
+        with progress.step(f"answering, {name}"):
+            answers[name] = runner.answer(
+                loaded,
+                inputs,
+                way,
+                max_new_tokens=options.max_new_tokens or (16 if options.model is None else 64),
+                repeat=options.repeat,
+                seed=options.seed,
+                progress=progress,
+                what=name,
+            )
+
+    shown = range(len(set(questions)))
+    print(_summary(loaded, questions, method, inputs, answers, shown))
+    picture = runner.draw(loaded, inputs, questions, method, answers["pruned"], shown)
+    if picture is None:
+        print("\nno picture: the patch layout of this checkpoint is not known")
+    else:
+        picture.save(picture_path)
+        print(f"\npicture of the kept patches: {picture_path}")
+    if options.json is not None:
+        document = _document(loaded, questions, method, inputs, answers, None if picture is None else picture_path)
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        print(f"everything as JSON: {options.json}")
+    return OK
+
+
+def _info(options: argparse.Namespace) -> int:
+    import torch
+
+    import pruneops
+    from pruneops import backends
+
+    width = 22
+    for name, version in _versions().items():
+        print(f"{name:<{width}}{version}")
+    print()
+    for name, value in pruneops.build_info().items():
+        shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        if isinstance(value, dict):
+            shown = ", ".join(f"{key}={entry}" for key, entry in value.items())
+        print(f"{name:<{width}}{shown}")
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        print(f"\nbackend of each op on {device}, float32")
+        for op in backends.OPS:
+            chosen, *reasons = backends.explain(op, device).splitlines()
+            print(f"{op:<{width + 4}}{chosen.rsplit(': ', 1)[1]}")
+            # The last line is the backend that runs; what stands before it was refused.
+            for reason in reasons[:-1]:
+                print(f"  {reason}")
+    return OK
+
+
+def _questions(images: list[Path] | None, prompts: list[str] | None, batch: int | None) -> list[Question]:
+    """Pairs images with prompts; the one that was given once serves all of the other."""
+    from pruneops.runner import ASSET, Question
+
+    paths, texts = images or [ASSET], prompts or [DEFAULT_PROMPT]
+    if len(paths) != len(texts) and 1 not in (len(paths), len(texts)):
+        raise ValueError(
+            f"--prompt must be given once or once per image, got {len(texts)} prompts for {len(paths)} images"
+        )
+    for text in texts:
+        if not text.strip():
+            raise ValueError("--prompt must not be empty")
+    count = max(len(paths), len(texts))
+    questions = [Question(paths[i % len(paths)], texts[i % len(texts)]) for i in range(count)]
+    if batch is not None:
+        if batch < count:
+            raise ValueError(f"--batch must be at least the number of questions ({count}), got {batch}")
+        questions = [questions[i % count] for i in range(batch)]
+    return questions
+
+
+def _picture_path(out: Path) -> Path:
+    if out.suffix.lower() in PICTURE_SUFFIXES:
+        return out
+    if not out.is_dir() and (out.exists() or out.suffix):
+        raise ValueError(f"--out must be a folder or a file ending in {', '.join(PICTURE_SUFFIXES)}, got {out}")
+    return out / "kept.png"
+
+
+def _make_writable(path: Path) -> None:
+    """Finds out before the long work, not after it, that a file cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"cannot write the file {path}")
+
+
+def _method(name: str, layers: Sequence[int] | None, keep: Sequence[float] | None) -> PruningMethod:
+    from pruneops.methods import method_from_dict
+
+    fields: dict[str, Any] = {"method": name}
+    if layers is not None:
+        fields["layers"] = layers
+    if keep is not None:
+        fields["keep_ratios"] = keep
+    return method_from_dict(fields)
+
+
+def _summary(
+    loaded: Loaded,
+    questions: Sequence[Question],
+    method: PruningMethod,
+    inputs: Inputs,
+    answers: dict[str, Answer],
+    shown: Sequence[int],
+) -> str:
+    from pruneops import runner
+    from pruneops.report import compare
+
+    lines = [
+        "",
+        f"model   {loaded.name} ({str(loaded.model.dtype).removeprefix('torch.')}, {loaded.model.device})",
+    ]
+    lines += [f"method  {method}", f"batch   {len(questions)} row{'s' if len(questions) > 1 else ''}"]
+    for row in shown:
+        question = questions[row]
+        visual = len(runner.visual_positions(loaded, inputs, row))
+        tokens = int(inputs.features["attention_mask"][row].sum())
+        lines += [
+            "",
+            f"[{row}] {question.image.name}: {question.prompt}",
+            f"    {visual} visual + {tokens - visual} text tokens",
+        ]
+        for name, answered in answers.items():
+            same = name == "dense" and answered.texts[row] == answers["stock"].texts[row]
+            lines.append(f"    {name:<7} {_printable(answered.texts[row])}" + ("   (as stock)" if same else ""))
+    dense, pruned = answers["dense"], answers["pruned"]
+    lines += ["", "prefill of the language model, all rows together; layers count from 0", ""]
+    lines.append(compare(dense.report, pruned.report))
+    lines += ["", f"whole answer, {pruned.new_tokens} new tokens, vision tower included"]
+    for name, answered in answers.items():
+        ratio = answers["stock"].seconds / answered.seconds
+        lines.append(f"    {name:<7} {answered.seconds:8.3f} s   {ratio:5.2f} x stock speed")
+    return "\n".join(lines)
+
+
+def _document(
+    loaded: Loaded,
+    questions: Sequence[Question],
+    method: PruningMethod,
+    inputs: Inputs,
+    answers: dict[str, Answer],
+    picture: Path | None,
+) -> dict[str, Any]:
+    from pruneops import runner
+
+    rows = []
+    for row, question in enumerate(questions):
+        rows.append(
+            {
+                "image": str(question.image),
+                "prompt": question.prompt,
+                "visual_tokens": len(runner.visual_positions(loaded, inputs, row)),
+                "answers": {name: answered.texts[row] for name, answered in answers.items()},
+                "kept": runner.kept_tokens(loaded, inputs, answers["pruned"], row),
+            }
+        )
+    return {
+        "model": loaded.name,
+        "untrained": loaded.untrained,
+        "method": method.to_dict(),
+        "rows": rows,
+        "reports": {name: answers[name].report.to_dict() for name in ("dense", "pruned")},
+        "seconds": {name: answered.seconds for name, answered in answers.items()},
+        "picture": None if picture is None else str(picture),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what matters to a result, without importing it."""
+    import platform
+    from importlib import metadata
+
+    versions = {"pruneops": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "triton", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _quiet_libraries(keep_bars: bool) -> None:
+    """Keeps transformers' notes out of the output; its loading bars stay for checkpoints of some size."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    if not keep_bars:
+        transformers.logging.disable_progress_bar()
+
+
+def _printable(text: str) -> str:
+    """One line without control characters."""
+    return "".join(c if c.isprintable() else " " for c in text).strip() or "(no words)"
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between, got {text!r}") from None
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers with commas between, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

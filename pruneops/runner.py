@@ -1,0 +1,374 @@
+"""The work behind ``pruneops run``: load a checkpoint, answer dense and pruned, draw what was kept.
+
+Every function raises ``ValueError`` with one clear line for bad input; the command line turns these into exit
+codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from pruneops.analysis.pictures import StageView
+    from pruneops.methods import PruningMethod
+    from pruneops.report import Report
+
+ASSET = Path(__file__).resolve().parent / "assets" / "coffee.jpg"
+"""The photograph that ships with the package (CC0, see the text file beside it)."""
+
+MODEL_TYPES = ("llava", "llava_next")
+MAX_TURNS, SECONDS_FOR_TURNS = 3, 5.0
+UNTRAINED_LABEL = "small LLaVA, built here and untrained: its words mean nothing"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of the batch."""
+
+    image: Path
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its processor and the name to show for it."""
+
+    model: Any
+    processor: Any
+    name: str
+    untrained: bool
+
+    @property
+    def depth(self) -> int:
+        return self.model.config.get_text_config().num_hidden_layers
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the processor made of the questions, and the images as they were read."""
+
+    features: Any
+    images: list[Image]
+
+    @property
+    def prompt_length(self) -> int:
+        return int(self.features["input_ids"].shape[1])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The texts of one way of answering, its wall-clock seconds, and what the ragged decoder recorded."""
+
+    texts: list[str]
+    seconds: float
+    new_tokens: int
+    report: Report | None = None
+    records: list[Any] = field(default_factory=list)
+
+
+class Progress:
+    """Plain lines on stderr, one per step with its seconds; bars for tokens only where stderr is a
+    terminal."""
+
+    def __init__(self, quiet: bool = False, stream: Any = None) -> None:
+        self.quiet = quiet
+        self.stream = sys.stderr if stream is None else stream
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        self._write(f"{what} ...\n")
+        start = time.perf_counter()
+        yield
+        self._write(f"{what}: {time.perf_counter() - start:.2f} s\n")
+
+    def token_counter(self, what: str, total: int) -> Any:
+        """A stopping criterion that never stops: it moves a bar by one per generated token."""
+        import torch
+        from tqdm import tqdm
+        from transformers import StoppingCriteria
+
+        # disable=None: tqdm shows nothing unless the stream is a terminal.
+        bar = tqdm(
+            total=total,
+            desc=what,
+            unit="token",
+            leave=False,
+            file=self.stream,
+            disable=True if self.quiet else None,
+        )
+
+        class Counter(StoppingCriteria):
+            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+                bar.update(1)
+                return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+            def close(self) -> None:
+                bar.close()
+
+        return Counter()
+
+    def _write(self, text: str) -> None:
+        if not self.quiet:
+            self.stream.write(text)
+            self.stream.flush()
+
+
+def check_images(questions: Sequence[Question]) -> list[Image]:
+    """Opens the image of every question; equal paths are read once.
+
+    Raises
+    ------
+    ValueError
+        If a file is missing or is not an image PIL can read; the message names the path.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    opened: dict[Path, Image.Image] = {}
+    for question in questions:
+        path = question.image
+        if path in opened:
+            continue
+        if not path.exists():
+            raise ValueError(f"image: no such file: {path}")
+        if not path.is_file():
+            raise ValueError(f"image: not a file: {path}")
+        try:
+            with Image.open(path) as image:
+                opened[path] = image.convert("RGB")
+        except UnidentifiedImageError:
+            raise ValueError(f"image: not an image that PIL can read: {path}") from None
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"image: cannot read {path}: {error}") from None
+    return [opened[question.image] for question in questions]
+
+
+def load(model: str | None, method: PruningMethod, dtype: str, device: str, seed: int) -> Loaded:
+    """Loads a LLaVA or LLaVA-NeXT checkpoint, or builds the small untrained one when ``model`` is None.
+
+    Raises
+    ------
+    ValueError
+        If the folder or hub entry is missing, incomplete or another kind of model, or if the method does not
+        fit its depth (found out before the weights are read).
+    """
+    import torch
+
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be a torch device such as cpu or cuda, got {device!r}") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one torch can use here, got {device!r}: no CUDA device was found")
+    if model is None:
+        from pruneops.models.small import build_small_llava
+
+        # The folder is only needed while loading: the weights are copied into memory below.
+        with tempfile.TemporaryDirectory(prefix="pruneops-") as folder:
+            return _load_checkpoint(str(build_small_llava(folder, seed=seed)), method, dtype, target, None)
+    return _load_checkpoint(model, method, dtype, target, model)
+
+
+def _load_checkpoint(source: str, method: PruningMethod, dtype: str, device: torch.device, name: str | None) -> Loaded:
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from pruneops.models.small import is_untrained
+
+    shown = source if name is None else name
+    looks_local = source.startswith((".", "/", "~")) or os.path.exists(source)
+    path = os.path.expanduser(source)
+    if looks_local and not os.path.isdir(path):
+        raise ValueError(f"model: no such folder: {shown}")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model: {shown} is not a checkpoint that transformers can load: {_one_line(error)}") from None
+    if config.model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"model: {shown} is not a LLaVA checkpoint: its model_type is {config.model_type!r}, "
+            f"expected one of {', '.join(MODEL_TYPES)}"
+        )
+    method.for_depth(config.get_text_config().num_hidden_layers)
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"model: {shown} could not be loaded: {_one_line(error)}") from None
+    untrained = is_untrained(config)
+    if name is None:
+        # A mapped file keeps its folder busy; own memory does not.
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data = tensor.data.clone()
+    processor.tokenizer.padding_side = "left"
+    label = UNTRAINED_LABEL if name is None else name + (" (untrained)" if untrained else "")
+    return Loaded(model.to(device).eval(), processor, label, untrained)
+
+
+def prepare(loaded: Loaded, questions: Sequence[Question], images: Sequence[Image]) -> Inputs:
+    """One batch from all questions: a chat prompt with one image each, left-padded, on the model's device."""
+    processor = loaded.processor
+    prompts = [_chat_prompt(processor, question.prompt) for question in questions]
+    if processor.tokenizer.pad_token_id is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    features = processor(images=list(images), text=prompts, padding=True, return_tensors="pt")
+    features = features.to(loaded.model.device, loaded.model.dtype)
+    return Inputs(features, list(images))
+
+
+def _chat_prompt(processor: Any, prompt: str) -> str:
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return f"USER: {processor.image_token}\n{prompt} ASSISTANT:"
+
+
+def answer(
+    loaded: Loaded,
+    inputs: Inputs,
+    method: PruningMethod | None,
+    *,
+    max_new_tokens: int,
+    repeat: int | None,
+    seed: int,
+    progress: Progress,
+    what: str,
+) -> Answer:
+    """Answers the batch ``repeat`` times, greedily, and keeps the fastest times.
+
+    ``repeat`` None means up to three times, as long as that takes a few seconds at most.
+    ``method`` None is the stock model, untouched, of which only the whole time is known. Otherwise the model
+    runs in ``pruneops.prune``; the first round records what was kept, the others only measure.
+    """
+    import torch
+
+    import pruneops
+
+    model, tokenizer = loaded.model, loaded.processor.tokenizer
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+    if model.generation_config.pad_token_id is None:
+        options["pad_token_id"] = tokenizer.pad_token_id
+
+    def generate() -> tuple[torch.Tensor, float]:
+        counter = progress.token_counter(what, max_new_tokens)
+        torch.manual_seed(seed)
+        try:
+            with torch.inference_mode():
+                _synchronize(model.device)
+                start = time.perf_counter()
+                ids = model.generate(**inputs.features, stopping_criteria=[counter], **options)
+                _synchronize(model.device)
+                return ids, time.perf_counter() - start
+        finally:
+            counter.close()
+
+    best: Answer | None = None
+    spent = 0.0
+    for turn in range(repeat or MAX_TURNS):
+        if best is not None and repeat is None and spent > SECONDS_FOR_TURNS:
+            break
+        report, records = None, []
+        if method is None:
+            ids, seconds = generate()
+        else:
+            with pruneops.prune(model, method, record=turn == 0) as run:
+                ids, seconds = generate()
+            report, records = run.report(), list(run.records)
+        spent += seconds
+        new = ids[:, inputs.prompt_length :]
+        if best is None:
+            texts = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+            best = Answer(texts, seconds, new.shape[1], report, records)
+        elif report is None or report.seconds < best.report.seconds:
+            best = dataclasses.replace(best, seconds=min(seconds, best.seconds), report=report)
+        else:
+            best = dataclasses.replace(best, seconds=min(seconds, best.seconds))
+    return best
+
+
+def visual_positions(loaded: Loaded, inputs: Inputs, row: int) -> list[int]:
+    """Positions of the row's visual tokens, counted in its own valid tokens before any pruning."""
+    ids = inputs.features["input_ids"][row]
+    valid = ids[inputs.features["attention_mask"][row].bool()]
+    return (valid == loaded.model.config.image_token_id).nonzero().flatten().tolist()
+
+
+def kept_tokens(loaded: Loaded, inputs: Inputs, answered: Answer, row: int) -> list[list[int]]:
+    """Per stage, the visual tokens of the row that survive it, counted within the row's visual tokens."""
+    index_of = {position: index for index, position in enumerate(visual_positions(loaded, inputs, row))}
+    stages = sorted((record for record in answered.records if record.row == row), key=lambda record: record.stage)
+    return [[index_of[p] for p in record.kept_positions.tolist() if p in index_of] for record in stages]
+
+
+def stage_layers(method: PruningMethod, num_hidden_layers: int) -> list[str]:
+    """The layers of each panel, the dense beginning first: ``["layers 0-7", "layers 8-15", ...]``."""
+    bounds = [0, *(getattr(method, "layers", None) or ()), num_hidden_layers]
+    pairs = zip(bounds, bounds[1:], strict=False)
+    return [f"layer {a}" if b - a == 1 else f"layers {a}-{b - 1}" for a, b in pairs]
+
+
+def draw(
+    loaded: Loaded,
+    inputs: Inputs,
+    questions: Sequence[Question],
+    method: PruningMethod,
+    answered: Answer,
+    rows: Sequence[int],
+) -> Image | None:
+    """The picture of what each stage kept of the given rows; None if the patch layout is not known."""
+    from pruneops.analysis.pictures import draw_stages
+
+    views: list[StageView] = []
+    for row in rows:
+        views += _row_views(loaded, inputs, questions[row], answered, row)
+    if not views:
+        return None
+    return draw_stages(
+        views,
+        stage_layers(method, loaded.depth),
+        title=f"{type(method).__name__}: patches kept at each stage",
+        note=loaded.name if loaded.untrained else "",
+    )
+
+
+def _row_views(loaded: Loaded, inputs: Inputs, question: Question, answered: Answer, row: int) -> Iterator[StageView]:
+    from pruneops.analysis.pictures import StageView
+    from pruneops.models.views import image_views
+
+    kept = kept_tokens(loaded, inputs, answered, row)
+    pixels = inputs.features["pixel_values"][row]
+    views = image_views(
+        loaded.model.config,
+        loaded.processor.image_processor,
+        inputs.images[row],
+        pixels,
+        len(visual_positions(loaded, inputs, row)),
+    )
+    for view in views:
+        place = {token: index for index, token in enumerate(view.tokens)}
+        title = f"{question.image.name}: {question.prompt}" + (f" ({view.title})" if view.title else "")
+        inside = [[place[token] for token in stage if token in place] for stage in kept]
+        yield StageView(view.image, view.boxes, inside, title)
+
+
+def _synchronize(device: torch.device) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _one_line(error: BaseException) -> str:
+    """The first sentence or so of an error's text, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else text[:237] + "..."
