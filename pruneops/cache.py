@@ -37,7 +37,10 @@ class RowState:
 
     def rows(self, index: Tensor) -> RowState:
         return RowState(
-            self.seqused_k.index_select(0, index), self.next_position.index_select(0, index), self.bound, self.capacity
+            self.seqused_k.index_select(0, index),
+            self.next_position.index_select(0, index),
+            self.bound,
+            self.capacity,
         )
 
 
@@ -125,8 +128,9 @@ class RaggedCache(Cache):
             return cache
         if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
             raise ValueError(
-                f"past_key_values: got a {type(cache).__name__}, expected a pruneops RaggedCache or an empty DynamicCache; "
-                "static, quantized and offloaded caches give every row and layer the same length, pruning does not"
+                f"past_key_values: got a {type(cache).__name__}, expected a pruneops RaggedCache or an empty "
+                "DynamicCache; static, quantized and offloaded caches give every row and layer the same length, "
+                "pruning does not"
             )
         if cache.get_seq_length() > 0:
             raise ValueError(
@@ -204,8 +208,8 @@ class RaggedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
             raise ValueError(
-                f"tokens_to_remove: got {tokens_to_remove}, expected 0; a pruned cache cannot be cropped, because its layers "
-                "hold different tokens (this rules out assisted and prompt-lookup decoding)"
+                f"tokens_to_remove: got {tokens_to_remove}, expected 0; a pruned cache cannot be cropped, because its "
+                "layers hold different tokens (this rules out assisted and prompt-lookup decoding)"
             )
 
     def reset(self) -> None:
@@ -222,8 +226,8 @@ class RaggedCache(Cache):
     @staticmethod
     def _not_pruned() -> ValueError:
         return ValueError(
-            "past_key_values: a RaggedCache is written by the ragged decoder only; it was handed to a model that is not "
-            "being pruned. Enter pruneops.prune(model, ...) first, or start this model with a cache of its own"
+            "past_key_values: a RaggedCache is written by the ragged decoder only; it was handed to a model that is "
+            "not being pruned. Enter pruneops.prune(model, ...) first, or start this model with a cache of its own"
         )
 
 

@@ -42,7 +42,8 @@ class Record:
     scores : Tensor
         ``(visual tokens before the stage,)`` float32 importance, in token order; empty for a row without images.
     kept_positions : Tensor
-        ``(tokens after the stage,)`` int64 surviving tokens of the row, text included, counted in the row's own (unpadded)
+        ``(tokens after the stage,)`` int64 surviving tokens of the row, text included, counted in the row's own
+        (unpadded)
         tokens before any pruning.
     """
 
@@ -151,8 +152,8 @@ def pruneops_attention(
     """
     if ragged is None:
         raise ValueError(
-            f"attn_implementation={ATTENTION_NAME!r} works inside the ragged decoder only; enter pruneops.prune(model, ...) "
-            "instead of setting it by hand"
+            f"attn_implementation={ATTENTION_NAME!r} works inside the ragged decoder only; enter "
+            "pruneops.prune(model, ...) instead of setting it by hand"
         )
     if dropout:
         raise ValueError(f"attention_dropout: got {dropout}, expected 0; the ragged attention kernels have no dropout")
@@ -164,8 +165,8 @@ def pruneops_attention(
         layer.write(key, value, append.destination, append.after, ragged.cu_seqlens.shape[0] - 1)
     if sliding_window is not None and longest > sliding_window:
         raise ValueError(
-            f"sliding_window: the model attends {sliding_window} tokens back and the batch is {longest} tokens long, expected "
-            "no more than the window; sliding-window attention over pruned tokens is not defined"
+            f"sliding_window: the model attends {sliding_window} tokens back and the batch is {longest} tokens long, "
+            "expected no more than the window; sliding-window attention over pruned tokens is not defined"
         )
     if append is None or append.fresh:
         cu_seqlens, max_seqlen = ragged.cu_seqlens, ragged.max_seqlen
@@ -220,7 +221,9 @@ def ragged_forward(
     columns of `inputs_embeds`. `labels` are masked in place where a pruned row has no token left to predict them from.
     """
     batch_size, columns = inputs_embeds.shape[:2]
-    cache = RaggedCache.adopt(past_key_values, len(text_model.layers)) if use_cache or past_key_values is not None else None
+    cache = (
+        RaggedCache.adopt(past_key_values, len(text_model.layers)) if use_cache or past_key_values is not None else None
+    )
     continues = cache is not None and cache.get_seq_length() > 0
     if continues and cache.batch_size != batch_size:
         raise ValueError(f"past_key_values: holds {cache.batch_size} rows, expected {batch_size} as in the input")

@@ -19,7 +19,6 @@ from pruneops.stand_ins import RUN_ATTRIBUTE
 SUPPORTED_TEXT_MODELS: tuple[type[nn.Module], ...] = (LlamaModel, Qwen2Model, MistralModel)
 
 
-
 class _Missing:
     """Marks an attribute that a module did not have; a class, because copying a model must not change its identity."""
 
@@ -51,9 +50,7 @@ class Run:
         chain = list(_towards_text_model(model))
         self._text_model = chain[-1]
         self._multimodal = next((m for m in chain if hasattr(m, "get_placeholder_mask")), None)
-        self._head = next(
-            (m for m in chain if isinstance(m, PreTrainedModel) and isinstance(m, GenerationMixin)), None
-        )
+        self._head = next((m for m in chain if isinstance(m, PreTrainedModel) and isinstance(m, GenerationMixin)), None)
         self.method = method.for_depth(self._text_model.config.num_hidden_layers)
         self.trace = Trace(record=record)
         self._saved: list[tuple[nn.Module, str, Any]] = []
@@ -87,7 +84,8 @@ class Run:
         """
         if not self.layer_lengths:
             raise ValueError(
-                "run: the model has not seen a prompt yet, expected a call of the model or of generate() before report()"
+                "run: the model has not seen a prompt yet, expected a call of the model or of generate() before "
+                "report()"
             )
         return Report.from_run(
             layer_lengths=self.layer_lengths,
@@ -113,8 +111,9 @@ class Run:
         for module in self._patched_modules():
             if getattr(module, RUN_ATTRIBUTE, None) is not None:
                 raise ValueError(
-                    f"model: got a {type(module).__name__} that is already pruned by {getattr(module, RUN_ATTRIBUTE).method}, expected "
-                    "one that is not; leave the other `with pruneops.prune(...)` block or call pruneops.detach(model) first"
+                    f"model: got a {type(module).__name__} that is already pruned by "
+                    f"{getattr(module, RUN_ATTRIBUTE).method}, expected one that is not; leave the other "
+                    "`with pruneops.prune(...)` block or call pruneops.detach(model) first"
                 )
         for module in self._patched_modules():
             self._set(module, RUN_ATTRIBUTE, self)
@@ -162,7 +161,8 @@ def prune(model: nn.Module, method: PruningMethod, record: bool = False) -> Run:
     ----------
     model : nn.Module
         A Hugging Face LLaVA or LLaVA-NeXT model, or a bare Llama, Qwen2 or Mistral model (then pass
-        ``visual_token_mask`` to its ``forward`` or ``generate``: ``(batch, length)`` bool, or int with the number of the image).
+        ``visual_token_mask`` to its ``forward`` or ``generate``: ``(batch, length)`` bool, or int with the number of
+        the image).
     method : PruningMethod
         What to prune, for example ``PyramidDrop(layers=(8, 16, 24), keep_ratios=(0.5, 0.25, 0.125))``.
     record : bool
@@ -226,9 +226,7 @@ def _towards_text_model(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(candidate, SUPPORTED_TEXT_MODELS):
             return
         seen.add(id(candidate))
-        inner = (
-            getattr(candidate, name, None) for name in ("language_model", "module", "model", "base_model")
-        )
+        inner = (getattr(candidate, name, None) for name in ("language_model", "module", "model", "base_model"))
         candidate = next((m for m in inner if isinstance(m, nn.Module) and id(m) not in seen), None)
     names = ", ".join(cls.__name__ for cls in SUPPORTED_TEXT_MODELS)
     raise ValueError(f"model: got a {type(model).__name__}, expected one whose text model is one of {names}")

@@ -110,6 +110,10 @@ class RaggedBatch:
         return len(self.lengths)
 
     @property
+    def rows(self) -> range:
+        return range(self.batch_size)
+
+    @property
     def max_seqlen(self) -> int:
         return max(self.lengths, default=0)
 
@@ -181,7 +185,8 @@ class RaggedBatch:
 
         * the place before a supervised token whose predecessor was dropped gets the surviving predecessor, because the
           stock loss compares the logits at ``t - 1`` with the label at ``t``;
-        * the last column of a right-padded row gets the row's last token, because ``generate()`` reads the logits there.
+        * the last column of a right-padded row gets the row's last token, because ``generate()`` reads the logits
+          there.
         """
         batch, length = self.entry.padded_shape
         values, source = self.values, self.entry.source.index_select(0, self.origin)
@@ -211,7 +216,7 @@ class RaggedBatch:
         device = self.values.device
         borders = self.entry.cu_seqlens_host
         batch, length = self.entry.padded_shape
-        rows = [b for b in range(batch) if 0 < self.lengths[b] and borders[b + 1] - borders[b] < length]
+        rows = [b for b in range(batch) if self.lengths[b] > 0 and borders[b + 1] - borders[b] < length]
         if not rows:
             nothing = torch.empty(0, dtype=torch.int64, device=device)
             return nothing, nothing
@@ -321,7 +326,11 @@ def image_runs(mask: Tensor) -> Tensor:
 
 
 def _read_back(
-    batch: int, length: int, attention_mask: Tensor | None, visual_token_mask: Tensor | None, labels: Tensor | None
+    batch: int,
+    length: int,
+    attention_mask: Tensor | None,
+    visual_token_mask: Tensor | None,
+    labels: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Valid mask (bool), image numbers (int64) and labels on the CPU, fetched in a single transfer."""
     wanted = [t.to(torch.int64) for t in (attention_mask, visual_token_mask, labels) if t is not None]
@@ -332,7 +341,8 @@ def _read_back(
         visual = image_runs(visual != 0)
     if bool((visual < 0).any()):
         raise ValueError(
-            f"visual_token_mask: got the value {int(visual.min())}, expected 0 for text or the number of the row's image (1, 2, ...)"
+            f"visual_token_mask: got the value {int(visual.min())}, expected 0 for text or the number of the row's "
+            "image (1, 2, ...)"
         )
     return valid, visual * valid, next(fetched) if labels is not None else None
 

@@ -45,9 +45,7 @@ def text_forward(
         raise ValueError("input_ids, inputs_embeds: got both or neither, expected exactly one of them")
     if inputs_embeds is None:
         inputs_embeds = self.embed_tokens(input_ids)
-    output_hidden_states = kwargs.get(
-        "output_hidden_states", getattr(self.config, "output_hidden_states", False)
-    )
+    output_hidden_states = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
     _refuse(self, kwargs, attention_mask, position_ids, inputs_embeds)
     if visual_token_mask is None:
         placeholders, run.placeholders = run.placeholders, None
@@ -93,8 +91,8 @@ def _refuse(
     """Refuse what cannot be right with pruned tokens."""
     if kwargs.get("output_attentions", getattr(text_model.config, "output_attentions", False)):
         raise ValueError(
-            "output_attentions: got True, expected False; attention maps of pruned, ragged layers have no common shape and the "
-            "kernels never build them (prune(..., record=True) keeps the scores that pruning used)"
+            "output_attentions: got True, expected False; attention maps of pruned, ragged layers have no common "
+            "shape and the kernels never build them (prune(..., record=True) keeps the scores that pruning used)"
         )
     packed = [k for k in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx") if kwargs.get(k) is not None]
     if packed:
@@ -109,9 +107,7 @@ def _refuse(
         )
 
 
-def _columns(
-    mask: Tensor | None, name: str, batch: int, past: int, columns: int, pad: int | None
-) -> Tensor | None:
+def _columns(mask: Tensor | None, name: str, batch: int, past: int, columns: int, pad: int | None) -> Tensor | None:
     """The part of a ``(batch, n)`` mask that belongs to the `columns` columns after `past` ones."""
     if mask is None:
         return None
@@ -122,9 +118,7 @@ def _columns(
             f"{name}: got shape {tuple(mask.shape)}, expected ({batch}, length); 4-D masks cannot be packed"
         )
     if name == "visual_token_mask" and mask.is_floating_point():
-        raise TypeError(
-            f"{name}: got {mask.dtype}, expected bool, or integers with the number of the row's image"
-        )
+        raise TypeError(f"{name}: got {mask.dtype}, expected bool, or integers with the number of the row's image")
     if mask.shape[1] == columns:
         return mask
     if mask.shape[1] >= past + columns:
@@ -153,7 +147,8 @@ def _last_columns(position_ids: Tensor | None, batch: int, columns: int) -> Tens
 
 @functools.cache
 def dressed(stand_in: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`stand_in` with the name, docstring and signature of the stock method, and ``visual_token_mask`` if it is a forward."""
+    """`stand_in` with the name, docstring and signature of the stock method, and ``visual_token_mask`` if it is a "
+    "forward."""
 
     @functools.wraps(stock)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -163,9 +158,7 @@ def dressed(stand_in: Callable[..., Any], stock: Callable[..., Any]) -> Callable
     if stock.__name__ == "forward" and "visual_token_mask" not in signature.parameters:
         parameters = list(signature.parameters.values())
         at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        parameters.insert(
-            at, inspect.Parameter("visual_token_mask", inspect.Parameter.KEYWORD_ONLY, default=None)
-        )
+        parameters.insert(at, inspect.Parameter("visual_token_mask", inspect.Parameter.KEYWORD_ONLY, default=None))
         signature = signature.replace(parameters=parameters)
     method.__signature__ = signature
     return method
@@ -231,18 +224,18 @@ def _refuse_generation(model: nn.Module, kwargs: dict[str, Any]) -> None:
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
         if setting(name) is not None:
             raise ValueError(
-                f"{name}: assisted decoding takes tokens back from the cache, which a pruned cache cannot do because its layers "
-                f"hold different tokens; expected {name}=None"
+                f"{name}: assisted decoding takes tokens back from the cache, which a pruned cache cannot do because "
+                f"its layers hold different tokens; expected {name}=None"
             )
     if setting("cache_implementation") not in (None, "dynamic"):
         raise ValueError(
-            f"cache_implementation: got {setting('cache_implementation')!r}, expected None or 'dynamic'; static, quantized and "
-            "offloaded caches give every row and layer the same length, pruning does not"
+            f"cache_implementation: got {setting('cache_implementation')!r}, expected None or 'dynamic'; static, "
+            "quantized and offloaded caches give every row and layer the same length, pruning does not"
         )
     if setting("prefill_chunk_size") is not None:
         raise ValueError(
-            f"prefill_chunk_size: got {setting('prefill_chunk_size')}, expected None; tokens are ranked by the end of the prompt, "
-            "so the prompt has to come in one piece"
+            f"prefill_chunk_size: got {setting('prefill_chunk_size')}, expected None; tokens are ranked by the end of "
+            "the prompt, so the prompt has to come in one piece"
         )
     if setting("output_attentions"):
         raise ValueError(
@@ -254,8 +247,8 @@ def _refuse_generation(model: nn.Module, kwargs: dict[str, Any]) -> None:
         and kwargs.get("pixel_values") is None
     ):
         warnings.warn(
-            "generate() got inputs_embeds but neither pixel_values nor visual_token_mask: no token is known to be visual, so nothing "
-            "is pruned",
+            "generate() got inputs_embeds but neither pixel_values nor visual_token_mask: no token is known to be "
+            "visual, so nothing is pruned",
             stacklevel=3,
         )
 
@@ -285,9 +278,7 @@ def number_images(placeholders: Tensor, image_lengths: list[int] | None) -> Tens
     flat = placeholders.flatten().cpu()
     columns = placeholders.shape[1]
     rows = flat.nonzero().squeeze(1) // columns
-    image = torch.repeat_interleave(
-        torch.arange(len(image_lengths)), torch.tensor(image_lengths, dtype=torch.int64)
-    )
+    image = torch.repeat_interleave(torch.arange(len(image_lengths)), torch.tensor(image_lengths, dtype=torch.int64))
     if image.numel() != rows.numel():
         raise ValueError(
             f"input_ids: got {rows.numel()} image placeholders, expected {image.numel()}, one for each token of the "
@@ -301,12 +292,10 @@ def number_images(placeholders: Tensor, image_lengths: list[int] | None) -> Tens
     if bool((rows != first_row[image]).any()):
         spread = int(image[rows != first_row[image]][0])
         raise ValueError(
-            f"input_ids: the placeholders of image {spread} are spread over two rows, expected all {image_lengths[spread]} in one; "
-            "the rows' numbers of placeholders do not match their images"
+            f"input_ids: the placeholders of image {spread} are spread over two rows, expected all "
+            f"{image_lengths[spread]} in one; the rows' numbers of placeholders do not match their images"
         )
-    first_image = torch.full((placeholders.shape[0],), len(image_lengths)).scatter_reduce(
-        0, rows, image, "amin"
-    )
+    first_image = torch.full((placeholders.shape[0],), len(image_lengths)).scatter_reduce(0, rows, image, "amin")
     numbers = torch.zeros(flat.shape[0], dtype=torch.int64)
     numbers[flat] = image - first_image[rows] + 1
     return numbers.view_as(placeholders).to(placeholders.device)

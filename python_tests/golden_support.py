@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ class Golden:
     def __getitem__(self, key: str) -> np.ndarray:
         return self._arrays[key]
 
-    def keys(self) -> list[str]:
-        return list(self._arrays.files)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays.files)
 
     def tensor(self, key: str) -> torch.Tensor:
         array = self._arrays[key]

@@ -76,7 +76,7 @@ def test_loss_and_gradients_equal_the_official_ones(name: str) -> None:
         loss = model(**inputs_of(golden)).loss
         loss.backward()
     assert loss.item() == pytest.approx(float(golden["loss"]), abs=1e-5)
-    norms = {k.removeprefix("gradnorm_"): float(golden[k]) for k in golden.keys() if k.startswith("gradnorm_")}
+    norms = {k.removeprefix("gradnorm_"): float(golden[k]) for k in golden if k.startswith("gradnorm_")}
     assert norms
     largest = max(norms.values())
     parameters = dict(model.named_parameters())

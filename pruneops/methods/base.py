@@ -72,5 +72,7 @@ def method_from_dict(values: Mapping[str, Any]) -> PruningMethod:
     cls = _METHODS[name]
     unknown = set(fields) - set(cls.__dataclass_fields__)
     if unknown:
-        raise ValueError(f"{name}: got the unknown fields {sorted(unknown)}, expected {sorted(cls.__dataclass_fields__)}")
+        raise ValueError(
+            f"{name}: got the unknown fields {sorted(unknown)}, expected {sorted(cls.__dataclass_fields__)}"
+        )
     return cls(**fields)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pruneops import ops
 from pruneops.decoder import DecoderState, Record
 from pruneops.methods.base import PruningMethod
-from pruneops.ragged import RaggedBatch, cu_seqlens_of, to_device
+from pruneops.ragged import RaggedBatch, Span, cu_seqlens_of, to_device
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PyramidDrop(PruningMethod):
     After a given number of decoder layers, every image is cut to a share of its *original* tokens. Tokens are ranked by
     the attention they get from the last instruction token, computed with the next layer's own norm, query and key
     projection (causal softmax over all keys, mean over heads). The best stay, in their order; all text stays; the
-    remaining tokens are renumbered from 0. Dropped tokens remain in the key/value cache of the layers they went through.
+    remaining tokens are renumbered from 0. Dropped tokens stay in the key/value cache of the layers they went through.
 
     Parameters
     ----------
@@ -33,14 +33,14 @@ class PyramidDrop(PruningMethod):
         How many decoder layers run before each drop, strictly increasing, at least 1 and below the depth of the model.
         None: the quarter points of the depth, one per ratio (8, 16, 24 of 32).
     keep_ratios : sequence of float
-        Share of the original tokens of an image that stays after each drop, in (0, 1], not increasing. An image of n tokens
-        keeps ``int(n * keep_ratio)``; 0 means that it vanishes.
+        Share of the original tokens of an image that stays after each drop, in (0, 1], not increasing. An image of n
+        tokens keeps ``int(n * keep_ratio)``; 0 means that it vanishes.
 
     Notes
     -----
-    *Queries.* With labels, every token right before an answer is a query and their scores are averaged, as the official code
-    does in training (the paper has one instruction); a row without an answer is left alone. Without labels the query is
-    the last prompt token.
+    *Queries.* With labels, every token right before an answer is a query and their scores are averaged, as the official
+    code does in training (the paper has one instruction); a row without an answer is left alone. Without labels the
+    query is the last prompt token.
 
     *Where the official code fails or is limited* (batches while decoding, padding under SDPA, grouped-query attention,
     several images a row, text-only rows) this does what the paper means: keys are shared by their group of query heads,
@@ -71,7 +71,8 @@ class PyramidDrop(PruningMethod):
             object.__setattr__(self, "layers", _checked_layers(self.layers))
             if len(self.layers) != len(self.keep_ratios):
                 raise ValueError(
-                    f"keep_ratios: got {len(self.keep_ratios)} ratios for {len(self.layers)} layers, expected one for each"
+                    f"keep_ratios: got {len(self.keep_ratios)} ratios for {len(self.layers)} layers, "
+                    "expected one for each"
                 )
 
     def for_depth(self, num_layers: int) -> PyramidDrop:
@@ -79,12 +80,14 @@ class PyramidDrop(PruningMethod):
         if self.layers is None:
             layers = tuple((s + 1) * num_layers // (stages + 1) for s in range(stages))
             if stages and (layers[0] < 1 or len(set(layers)) < stages):
-                raise ValueError(f"layers: got None, expected them given: {num_layers} layers cannot be cut into {stages + 1} parts")
+                raise ValueError(
+                    f"layers: got None, expected them given: {num_layers} layers cannot be cut into {stages + 1} parts"
+                )
             return PyramidDrop(layers, self.keep_ratios)
         for layer in self.layers:
             if layer >= num_layers:
                 raise ValueError(
-                    f"layers: got {layer}, expected at most {num_layers - 1}, because the model has {num_layers} layers and "
+                    f"layers: got {layer}, expected at most {num_layers - 1}: the model has {num_layers} layers and "
                     "the ranking needs the weights of the layer after the drop"
                 )
         return self
@@ -92,31 +95,26 @@ class PyramidDrop(PruningMethod):
     def before_layer(self, i: int, layer: nn.Module, state: DecoderState) -> None:
         if state.decoding or i not in self.layers:
             return
-        stage = self.layers.index(i)
-        batch = state.batch
+        stage, batch = self.layers.index(i), state.batch
         queried = [bool(queries) for queries in batch.entry.query_tokens]
-        keep = [
-            [
-                min(span.visual, int(span.original_visual * self.keep_ratios[stage])) if queried[b] else span.visual
-                for span in row
-            ]
-            for b, row in enumerate(batch.spans)
-        ]
-        has_image = [any(span.visual for span in row) for row in batch.spans]
-        drops = [any(k < s.visual for k, s in zip(keep[b], row, strict=True)) for b, row in enumerate(batch.spans)]
+        keep = [[self._kept(span, stage) if queried[b] else span.visual for span in batch.spans[b]] for b in batch.rows]
+        drops = [any(k < span.visual for k, span in zip(keep[b], batch.spans[b], strict=True)) for b in batch.rows]
+        has_image = [any(span.visual for span in batch.spans[b]) for b in batch.rows]
         wanted = has_image if state.trace.record else drops
-        ranked = [b for b in range(batch.batch_size) if queried[b] and wanted[b]]
-        if not ranked:
-            if state.trace.record:
-                _record(state, stage, i, None, ranked, batch)
-            return
-        with torch.no_grad():
-            scores = _rank(batch, layer, state, ranked)
+        ranked = [b for b in batch.rows if queried[b] and wanted[b]]
+        scores = None
+        if ranked:
+            with torch.no_grad():
+                scores = _rank(batch, layer, state, ranked)
         if any(drops):
-            kept = batch.keep_best(scores, keep)
-            state.batch = kept.with_position_ids(kept.offsets)
+            shorter = batch.keep_best(scores, keep)
+            state.batch = shorter.with_position_ids(shorter.offsets)
         if state.trace.record:
             _record(state, stage, i, scores, ranked, batch)
+
+    def _kept(self, span: Span, stage: int) -> int:
+        """Visual tokens of a span after a stage."""
+        return min(span.visual, int(span.original_visual * self.keep_ratios[stage]))
 
 
 def _rank(batch: RaggedBatch, layer: nn.Module, state: DecoderState, ranked: list[int]) -> Tensor:
@@ -205,8 +203,8 @@ def _checked_ratios(keep_ratios: Sequence[float]) -> tuple[float, ...]:
             raise ValueError(f"keep_ratios: got {ratio}, expected a share in (0, 1]")
         if ratio > previous:
             raise ValueError(
-                f"keep_ratios: got {tuple(keep_ratios)}, expected ratios that do not increase: they are shares of the original "
-                "tokens, and a dropped token does not come back"
+                f"keep_ratios: got {tuple(keep_ratios)}, expected ratios that do not increase: they are shares of the "
+                "original tokens, and a dropped token does not come back"
             )
         previous = ratio
     return tuple(float(ratio) for ratio in keep_ratios)
@@ -221,7 +219,8 @@ def _checked_layers(layers: Sequence[int]) -> tuple[int, ...]:
             raise TypeError(f"layers: got {layer!r}, expected whole numbers")
         if layer <= previous:
             raise ValueError(
-                f"layers: got {tuple(layers)}, expected strictly increasing numbers of at least 1 (layers that run before a drop)"
+                f"layers: got {tuple(layers)}, expected strictly increasing numbers of at least 1 "
+                "(layers that run before a drop)"
             )
         previous = layer
     return tuple(int(layer) for layer in layers)

@@ -37,9 +37,7 @@ def inputs_for(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("build", "ours", "stock"), CLASSES, ids=["llava", "llava_next"])
-def test_a_stock_checkpoint_is_pruned_and_keeps_its_method_when_saved(
-    build, ours, stock, tmp_path: Path
-) -> None:
+def test_a_stock_checkpoint_is_pruned_and_keeps_its_method_when_saved(build, ours, stock, tmp_path: Path) -> None:
     plain = build()
     batch = inputs_for(plain)
     plain.save_pretrained(tmp_path / "stock")

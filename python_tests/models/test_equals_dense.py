@@ -27,9 +27,7 @@ ROWS = {
 }
 
 
-def dense_logits_row_by_row(
-    model: torch.nn.Module, rows: list[list[int]], pixel_values: Tensor | None
-) -> list[Tensor]:
+def dense_logits_row_by_row(model: torch.nn.Module, rows: list[list[int]], pixel_values: Tensor | None) -> list[Tensor]:
     """Logits of each row run alone and unpadded."""
     logits, used = [], 0
     for ids in rows:
@@ -140,16 +138,12 @@ def test_right_padded_generate_continues_each_row_as_if_it_were_alone() -> None:
 def test_a_second_turn_on_the_cache(second_image: bool) -> None:
     model = tiny.llava()
     batch = tiny.llava_batch(ROWS["one image a row"], "left")
-    turn = tiny.pad(
-        [tiny.row(2, int(second_image), 3, seed=5), tiny.row(4, int(second_image), 6, seed=6)], "left"
-    )
+    turn = tiny.pad([tiny.row(2, int(second_image), 3, seed=5), tiny.row(4, int(second_image), 6, seed=6)], "left")
 
     def two_turns() -> tuple[Tensor, Tensor]:
         first = model.generate(**batch, max_new_tokens=4, return_dict_in_generate=True)
         ids = torch.cat([first.sequences, turn["input_ids"]], 1)
-        mask = torch.cat(
-            [batch["attention_mask"], torch.ones(2, 4, dtype=torch.long), turn["attention_mask"]], 1
-        )
+        mask = torch.cat([batch["attention_mask"], torch.ones(2, 4, dtype=torch.long), turn["attention_mask"]], 1)
         images = {"pixel_values": tiny.pixels(2, seed=9)} if second_image else {}
         second = model.generate(
             input_ids=ids,

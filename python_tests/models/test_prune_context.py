@@ -19,9 +19,7 @@ DROP = PyramidDrop(layers=(2, 4), keep_ratios=(0.5, 0.25))
 def fingerprint(model: nn.Module) -> dict:
     """Everything that patching could touch: attributes of all modules, configs, weights."""
     return {
-        "attributes": {
-            name: {k: id(v) for k, v in module.__dict__.items()} for name, module in model.named_modules()
-        },
+        "attributes": {name: {k: id(v) for k, v in module.__dict__.items()} for name, module in model.named_modules()},
         "configs": [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")],
         "config": model.config.to_json_string(),
         "weights": {k: (id(v), v._version) for k, v in model.state_dict(keep_vars=True).items()},
@@ -35,9 +33,7 @@ def warm(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    "build", [tiny.llava, tiny.llava_next, tiny.language_model], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("build", [tiny.llava, tiny.llava_next, tiny.language_model], ids=lambda f: f.__name__)
 def test_the_model_is_exactly_restored(build) -> None:
     model = build()
     before = fingerprint(model)
@@ -198,9 +194,7 @@ def test_an_empty_dynamic_cache_of_the_caller_is_filled_in_place() -> None:
     batch = tiny.llava_batch([tiny.row(3, 1, 5)])
     with pruneops.prune(model, DROP):
         cache = DynamicCache(config=model.config)
-        outputs = model.generate(
-            **batch, past_key_values=cache, max_new_tokens=4, return_dict_in_generate=True
-        )
+        outputs = model.generate(**batch, past_key_values=cache, max_new_tokens=4, return_dict_in_generate=True)
         assert outputs.past_key_values is cache
         assert cache.get_seq_length() == 27 and cache.lengths(5) == [15]
 

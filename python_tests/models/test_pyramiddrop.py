@@ -21,9 +21,7 @@ ROWS = [
 ]
 
 
-def pruned_rows_alone(
-    model: nn.Module, batch: dict[str, Tensor], rows: list[list[int]], **options
-) -> list[list[int]]:
+def pruned_rows_alone(model: nn.Module, batch: dict[str, Tensor], rows: list[list[int]], **options) -> list[list[int]]:
     """Tokens that each row generates when it is run alone."""
     new_tokens, used = [], 0
     for ids in rows:
@@ -64,9 +62,7 @@ def test_a_batch_keeps_the_tokens_that_its_rows_keep_alone() -> None:
             model(**inputs)
             for alone in run.records:
                 assert together[alone.stage, b].kept_positions.tolist() == alone.kept_positions.tolist()
-                torch.testing.assert_close(
-                    together[alone.stage, b].scores, alone.scores, atol=1e-6, rtol=1e-5
-                )
+                torch.testing.assert_close(together[alone.stage, b].scores, alone.scores, atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -199,13 +195,9 @@ def test_a_text_only_second_turn_equals_feeding_it_token_by_token() -> None:
         cache = model(**batch, use_cache=True).past_key_values
         stepwise_cache = copy.deepcopy(cache)
         at_once = model(input_ids=tokens, past_key_values=cache).logits
-        stepwise = [
-            model(input_ids=tokens[:, t : t + 1], past_key_values=stepwise_cache).logits for t in range(3)
-        ]
+        stepwise = [model(input_ids=tokens[:, t : t + 1], past_key_values=stepwise_cache).logits for t in range(3)]
     torch.testing.assert_close(at_once, torch.cat(stepwise, 1), atol=1e-5, rtol=1e-5)
-    assert [cache.lengths(i) for i in range(tiny.LAYERS)] == [
-        stepwise_cache.lengths(i) for i in range(tiny.LAYERS)
-    ]
+    assert [cache.lengths(i) for i in range(tiny.LAYERS)] == [stepwise_cache.lengths(i) for i in range(tiny.LAYERS)]
 
 
 def shortened_loss(logits: Tensor, labels: Tensor, kept: list[Tensor]) -> Tensor:
@@ -242,9 +234,7 @@ def test_a_supervised_token_with_nothing_left_before_it_is_ignored() -> None:
     with pruneops.prune(model, PyramidDrop((2,), (0.01,)), record=True) as run:
         outputs = model(input_ids=ids, visual_token_mask=ids == tiny.IMAGE, labels=labels)
     assert run.records[-1].kept_positions.tolist() == [16, 17, 18, 19]
-    torch.testing.assert_close(
-        outputs.loss, shortened_loss(outputs.logits, labels, [run.records[-1].kept_positions])
-    )
+    torch.testing.assert_close(outputs.loss, shortened_loss(outputs.logits, labels, [run.records[-1].kept_positions]))
     assert labels.tolist() == given.tolist()
 
 
@@ -288,9 +278,7 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients() -> None:
         with pruneops.prune(model, DROP):
             loss = model(**batch, labels=labels).loss
             loss.backward()
-        results.append(
-            (loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        )
+        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (loss, gradients), (loss_checkpointed, gradients_checkpointed) = results
     assert torch.equal(loss, loss_checkpointed)
     assert gradients.keys() == gradients_checkpointed.keys()

@@ -157,9 +157,7 @@ def test_sequences_longer_than_the_sliding_window(family: str) -> None:
     model = tiny.language_model(family, sliding_window=8, **extra)
     with pruneops.prune(model, DROP), torch.no_grad():
         model(input_ids=torch.tensor([list(range(2, 10))]))
-        with pytest.raises(
-            ValueError, match="sliding_window: the model attends 8 tokens back and the batch is 9"
-        ):
+        with pytest.raises(ValueError, match="sliding_window: the model attends 8 tokens back and the batch is 9"):
             model(input_ids=torch.tensor([list(range(2, 11))]))
         with pytest.raises(ValueError, match="sliding_window"):
             model.generate(torch.tensor([list(range(2, 10))]), max_new_tokens=3)

@@ -1,0 +1,216 @@
+"""Which implementation of an op runs, and why.
+
+Each op has up to three backends, tried in this order:
+
+``native``
+    the compiled kernels behind ``torch.ops.pruneops``, one set per device type,
+``triton``
+    :mod:`pruneops.triton`, on devices that Triton compiles for,
+``reference``
+    :mod:`pruneops.reference`, plain torch, any device, every float dtype.
+
+The choice depends on the op, the device type and the dtype alone, never on values, so it is the same inside
+``torch.compile``. The environment variable ``PRUNEOPS_BACKEND`` (read once, on import) or the context manager
+:func:`use` forces one backend; a forced backend that cannot run an op raises instead of falling back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+from pruneops import (
+    _library,  # noqa: F401  (loads the kernels that `_registered` looks for)
+    reference,
+)
+
+NATIVE = "native"
+TRITON = "triton"
+REFERENCE = "reference"
+ORDER = (NATIVE, TRITON, REFERENCE)
+
+OPS = (
+    "segment_topk",
+    "segment_threshold",
+    "gather_rows",
+    "scatter_rows",
+    "select_compact",
+    "varlen_attention",
+    "decode_attention",
+    "last_query_scores",
+    "column_scores",
+    "kv_limit_from_positions",
+)
+
+# Gathering and comparing positions works on any dtype; the other kernels compute in float32.
+_ANY_DTYPE = frozenset({"gather_rows", "scatter_rows", "kv_limit_from_positions"})
+_KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+DEVICES = ("cpu", "cuda", "meta")
+
+
+def _check_name(backend: str, source: str) -> str:
+    if backend not in ORDER:
+        raise ValueError(f"{source} must be one of {', '.join(ORDER)}, got {backend!r}")
+    return backend
+
+
+def _forced_by_environment() -> str | None:
+    value = os.environ.get("PRUNEOPS_BACKEND", "")
+    return _check_name(value, "the environment variable PRUNEOPS_BACKEND") if value else None
+
+
+def _registered(device: str) -> frozenset[str]:
+    """The ops that have a compiled kernel for this device type."""
+    if device == "meta":
+        return frozenset(OPS)  # pruneops.ops registers a fake kernel for each
+    key = device.upper()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(op for op in OPS if has_kernel(f"pruneops::{op}", key))
+
+
+def _fallbacks() -> dict[str, ModuleType]:
+    """The modules behind the backends that are not compiled; Triton's only where it can run."""
+    modules = {REFERENCE: reference}
+    if torch.cuda.is_available() and importlib.util.find_spec("pruneops.triton") is not None:
+        modules[TRITON] = importlib.import_module("pruneops.triton")
+    return modules
+
+
+# Plain dicts and strings, so that torch.compile can trace `select` and guard on them.
+_native = {device: _registered(device) for device in DEVICES}
+_modules = _fallbacks()
+_triton = {"cuda": frozenset(_modules[TRITON].__all__ if TRITON in _modules else ())}
+_forced: str | None = _forced_by_environment()
+_recorders: list[Counter[tuple[str, str]]] = []
+
+
+def _refusal(
+    backend: str, op: str, device: str, dtype: torch.dtype | None, unsupported: str | None = None
+) -> str | None:
+    """Why ``backend`` cannot run this call, or None if it can."""
+    if backend == REFERENCE:
+        return None
+    if unsupported is not None:
+        return f"its kernels have no {unsupported}"
+    if dtype is not None and op not in _ANY_DTYPE and dtype not in _KERNEL_DTYPES:
+        return f"its kernels take float32, bfloat16 and float16, not {dtype}"
+    if backend == TRITON:
+        if op in _triton.get(device, frozenset()):
+            return None
+        return f"there is no Triton kernel of {op} for {device}"
+    if op in _native.get(device, frozenset()):
+        return None
+    return f"no compiled library with a {device} kernel of {op} is loaded"
+
+
+def select(op: str, device: str, dtype: torch.dtype | None = None, unsupported: str | None = None) -> str:
+    """The name of the backend that runs ``op`` for tensors of this device type and dtype.
+
+    ``unsupported`` names what a call asks for beyond that and only the reference has, such as a gradient.
+
+    Raises
+    ------
+    RuntimeError, TypeError
+        If a forced backend has no kernel for the op and device, or none for the dtype.
+    """
+    if _forced is None:
+        supported = dtype is None or dtype in _KERNEL_DTYPES or op in _ANY_DTYPE
+        supported = supported and unsupported is None
+        if supported and op in _native.get(device, frozenset()):
+            chosen = NATIVE
+        elif supported and op in _triton.get(device, frozenset()):
+            chosen = TRITON
+        else:
+            chosen = REFERENCE
+    else:
+        chosen = _forced
+        reason = _refusal(chosen, op, device, dtype, unsupported)
+        if reason is not None:
+            error = TypeError if reason.startswith("its kernels take") else RuntimeError
+            raise error(f"{op}: the backend {chosen!r} is forced, but {reason}")
+    if _recorders and not torch.compiler.is_compiling():
+        _record(op, chosen)
+    return chosen
+
+
+def module(backend: str) -> ModuleType:
+    """The module whose functions carry the names and signatures of :mod:`pruneops.ops`."""
+    return _modules[backend]
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Forces one backend for every op in the process until the context ends; may be nested.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    """
+    global _forced
+    previous, _forced = _forced, _check_name(backend, "backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+@contextmanager
+def record_calls() -> Iterator[Counter[tuple[str, str]]]:
+    """Counts the calls of each op by backend: ``{(op, backend): calls}``.
+
+    Calls inside a compiled graph are not counted.
+    """
+    calls: Counter[tuple[str, str]] = Counter()
+    _recorders.append(calls)
+    try:
+        yield calls
+    finally:
+        # By identity: counters compare by value.
+        del _recorders[next(i for i, other in enumerate(_recorders) if other is calls)]
+
+
+def _record(op: str, backend: str) -> None:
+    for calls in _recorders:
+        calls[op, backend] += 1
+
+
+def explain(op: str, device: str = "cpu", dtype: torch.dtype | None = None) -> str:
+    """States which backend would run ``op`` and why the ones before it would not.
+
+    Parameters
+    ----------
+    op : str
+        A name in :data:`OPS`.
+    device : "cpu" or "cuda"
+    dtype : torch.dtype, optional
+        The dtype of the float inputs; float32 if not given.
+
+    Raises
+    ------
+    ValueError
+        If the op or the device is unknown.
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    if device not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
+    dtype = torch.float32 if dtype is None else dtype
+    lines = []
+    for backend in ORDER:
+        reason = _refusal(backend, op, device, dtype)
+        if _forced is not None and backend != _forced:
+            lines.append(f"  {backend}: not considered, {_forced} is forced")
+        elif reason is None:
+            lines.append(f"  {backend}: runs")
+            return "\n".join([f"{op} on {device} ({dtype}): {backend}", *lines])
+        else:
+            lines.append(f"  {backend}: refused, {reason}")
+    return "\n".join([f"{op} on {device} ({dtype}): none", *lines])
