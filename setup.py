@@ -3,7 +3,8 @@
 Environment variables
 ---------------------
 PRUNEOPS_SANITIZE=1          AddressSanitizer and UndefinedBehaviorSanitizer
-PRUNEOPS_CUDA=auto|0|1       the CUDA library (this version has none: 1 is refused)
+PRUNEOPS_CUDA=auto|0|1       the CUDA library: where a working nvcc is found (the default), never, or always
+PRUNEOPS_CUDA_ARCH_LIST      the GPU architectures it is compiled for, such as 80;90a
 PRUNEOPS_BUILD_TESTS=1       also build the C++ tests
 PRUNEOPS_WERROR=1            compiler warnings are errors
 CMAKE_BUILD_PARALLEL_LEVEL   number of parallel compiler jobs
@@ -28,6 +29,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
+CUDA_LIBRARY = "pruneops._C_cuda"
+
 
 def flag(name: str) -> bool:
     return os.environ.get(name, "0").lower() in ("1", "on", "true", "yes")
@@ -39,9 +42,7 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         spec = importlib.util.find_spec("torch")
         if spec is None or not spec.submodule_search_locations:
-            raise RuntimeError(
-                "building pruneops needs torch: install torch first and build with --no-build-isolation"
-            )
+            raise RuntimeError("building pruneops needs torch: install torch first and build with --no-build-isolation")
         sanitize = flag("PRUNEOPS_SANITIZE")
         kind = "-sanitize" if sanitize else ""
         self.cmake_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{kind}"
@@ -55,13 +56,22 @@ class CMakeBuild(build_ext):
             f"-DPRUNEOPS_WERROR={'ON' if flag('PRUNEOPS_WERROR') else 'OFF'}",
             f"-DPRUNEOPS_BUILD_TESTS={'ON' if flag('PRUNEOPS_BUILD_TESTS') else 'OFF'}",
             f"-DPRUNEOPS_CUDA={os.environ.get('PRUNEOPS_CUDA', 'auto')}",
+            f"-DPRUNEOPS_CUDA_ARCH_LIST={os.environ.get('PRUNEOPS_CUDA_ARCH_LIST', '')}",
         ]  # fmt: skip
         if not (self.cmake_dir / "CMakeCache.txt").exists() and shutil.which("ninja"):
             command += ["-G", "Ninja"]
         subprocess.run(command + shlex.split(os.environ.get("CMAKE_ARGS", "")), check=True)
+        if "PRUNEOPS_CUDA_BUILT:INTERNAL=TRUE" not in (self.cmake_dir / "CMakeCache.txt").read_text():
+            self.drop_cuda_extension()
         super().run()
         if flag("PRUNEOPS_BUILD_TESTS"):
             subprocess.run(["cmake", "--build", str(self.cmake_dir)], check=True)
+
+    def drop_cuda_extension(self) -> None:
+        """Takes the CUDA library out of what is built, and removes the one an earlier build left in its place."""
+        (cuda,) = (ext for ext in self.extensions if ext.name == CUDA_LIBRARY)
+        self.extensions = [ext for ext in self.extensions if ext is not cuda]
+        Path(self.get_ext_fullpath(cuda.name)).unlink(missing_ok=True)
 
     def build_extension(self, ext: Extension) -> None:
         target = ext.name.rpartition(".")[2]
@@ -75,6 +85,7 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[
         Extension("pruneops._C", sources=[], py_limited_api=True),
+        Extension(CUDA_LIBRARY, sources=[], py_limited_api=True),
         Extension("pruneops._runtime", sources=[]),
     ],
     cmdclass={"build_ext": CMakeBuild},

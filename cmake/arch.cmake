@@ -15,8 +15,10 @@ endif()
 function(pruneops_target_defaults target)
   target_include_directories(${target} PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
   # The prefix map keeps the path of the build machine out of error messages and binaries.
+  set(prefix_map "-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=")
   target_compile_options(${target} PRIVATE
-    -Wall -Wextra $<$<BOOL:${PRUNEOPS_WERROR}>:-Werror> "-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=")
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;$<$<BOOL:${PRUNEOPS_WERROR}>:-Werror>;${prefix_map}>
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,${prefix_map};$<$<BOOL:${PRUNEOPS_WERROR}>:-Werror=all-warnings>>)
   target_compile_definitions(${target} PRIVATE ${PRUNEOPS_ISA_DEFINITIONS})
   if(PRUNEOPS_SANITIZE)
     # GCC's own intrinsics headers trip -Wmaybe-uninitialized when they are instrumented.

@@ -29,3 +29,16 @@ function(pruneops_use_torch_stable target)
   target_link_libraries(${target} PRIVATE "${PRUNEOPS_TORCH_CPU_LIBRARY}")
   set_target_properties(${target} PROPERTIES SKIP_BUILD_RPATH ON)
 endfunction()
+
+# The CUDA library names libtorch_cuda.so as a dependency, because libtorch does not offer its symbols to everybody. It is
+# linked against a stub of that name, whatever torch is installed: a CPU build of torch has no such library, and the stub
+# lists the symbols that may be used. The stub is not installed.
+function(pruneops_use_torch_cuda target)
+  add_library(torch_cuda_stub SHARED "${PROJECT_SOURCE_DIR}/cmake/torch_cuda_stub.cpp")
+  set_target_properties(torch_cuda_stub PROPERTIES OUTPUT_NAME torch_cuda
+    LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/torch_cuda_stub")
+  # USE_CUDA makes torch's stable headers declare the stream functions.
+  target_compile_definitions(${target} PRIVATE USE_CUDA)
+  # Recorded even where the linker finds it unused; and every symbol must come from a library named here.
+  target_link_libraries(${target} PRIVATE -Wl,--no-as-needed torch_cuda_stub -Wl,--as-needed -Wl,-z,defs)
+endfunction()

@@ -28,8 +28,9 @@ def build_info() -> dict[str, Any]:
     dict
         Of the build: ``version``, ``compiler``, ``cxx_flags``, ``cxx_standard``, ``torch_build_version``
         (the headers it used), ``torch_target_version`` (the lowest torch the library runs on), ``isas``
-        (compiled instruction sets), ``sanitized``, ``cuda`` and ``cuda_reason``. Of the machine:
-        ``cpu_features`` and ``active_isa``, the instruction set that the CPU kernels use.
+        (compiled instruction sets), ``sanitized``, ``cuda`` (whether the CUDA library was built), ``cuda_reason``
+        (why not), ``cuda_version`` and ``cuda_archs``. Of the machine: ``cpu_features``, ``active_isa``, the
+        instruction set that the CPU kernels use, and ``cuda_library``, ``"loaded"`` or why the CUDA library is not.
 
     Raises
     ------
@@ -37,12 +38,14 @@ def build_info() -> dict[str, Any]:
         If the environment variable ``PRUNEOPS_CPU_ISA`` names an instruction set that is unknown or not
         available.
     """
-    from pruneops import _runtime
+    from pruneops import _library, _runtime
 
+    refusal = _library.cuda_refusal
     return {
         **_runtime.build_info(),
         "cpu_features": _runtime.cpu_features(),
         "active_isa": _runtime.active_isa(),
+        "cuda_library": "loaded" if refusal is None else f"not loaded: {refusal}",
     }
 
 

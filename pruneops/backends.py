@@ -3,7 +3,8 @@
 Each op has up to three backends, tried in this order:
 
 ``native``
-    the compiled kernels behind ``torch.ops.pruneops``, one set per device type,
+    the compiled kernels behind ``torch.ops.pruneops``, one set per device type; those in
+    :data:`UNPROVEN_ON_GPU` only where they are forced,
 ``triton``
     :mod:`pruneops.triton`, on devices that Triton compiles for,
 ``reference``
@@ -26,10 +27,7 @@ from types import ModuleType
 
 import torch
 
-from pruneops import (
-    _library,  # noqa: F401  (loads the kernels that `_registered` looks for)
-    reference,
-)
+from pruneops import _library, reference
 
 NATIVE = "native"
 TRITON = "triton"
@@ -53,6 +51,21 @@ OPS = (
 _ANY_DTYPE = frozenset({"gather_rows", "scatter_rows", "kv_limit_from_positions"})
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 DEVICES = ("cpu", "cuda", "meta")
+
+# CUDA kernels that are compiled, and tested in an emulation on the CPU, but have not run on a GPU yet. They are not
+# chosen by themselves; forcing `native` runs them. An op leaves the list with the log of a run that shows it right.
+UNPROVEN_ON_GPU = frozenset(
+    {
+        "segment_topk",
+        "segment_threshold",
+        "gather_rows",
+        "scatter_rows",
+        "select_compact",
+        "last_query_scores",
+        "column_scores",
+        "kv_limit_from_positions",
+    }
+)
 
 
 def _check_name(backend: str, source: str) -> str:
@@ -85,6 +98,7 @@ def _fallbacks() -> dict[str, ModuleType]:
 
 # Plain dicts and strings, so that torch.compile can trace `select` and guard on them.
 _native = {device: _registered(device) for device in DEVICES}
+_unproven = {"cuda": UNPROVEN_ON_GPU}
 _modules = _fallbacks()
 _triton = {"cuda": frozenset(_modules[TRITON].__all__ if TRITON in _modules else ())}
 _forced: str | None = _forced_by_environment()
@@ -105,9 +119,12 @@ def _refusal(
         if op in _triton.get(device, frozenset()):
             return None
         return f"there is no Triton kernel of {op} for {device}"
-    if op in _native.get(device, frozenset()):
-        return None
-    return f"no compiled library with a {device} kernel of {op} is loaded"
+    if op not in _native.get(device, frozenset()):
+        absent = f"no compiled library with a {device} kernel of {op} is loaded"
+        return absent if device != "cuda" or _library.cuda_refusal is None else f"{absent}; {_library.cuda_refusal}"
+    if op in _unproven.get(device, frozenset()) and _forced != NATIVE:
+        return f"its {device} kernel has not run on a GPU yet; PRUNEOPS_BACKEND=native runs it"
+    return None
 
 
 def select(op: str, device: str, dtype: torch.dtype | None = None, unsupported: str | None = None) -> str:
@@ -123,7 +140,8 @@ def select(op: str, device: str, dtype: torch.dtype | None = None, unsupported: 
     if _forced is None:
         supported = dtype is None or dtype in _KERNEL_DTYPES or op in _ANY_DTYPE
         supported = supported and unsupported is None
-        if supported and op in _native.get(device, frozenset()):
+        unproven = _unproven.get(device, frozenset())
+        if supported and op in _native.get(device, frozenset()) and op not in unproven:
             chosen = NATIVE
         elif supported and op in _triton.get(device, frozenset()):
             chosen = TRITON

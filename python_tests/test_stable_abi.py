@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pruneops._library import library_path
+from pruneops._library import cuda_library_path, library_path
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 TORCH_INCLUDE = Path(torch.__file__).parent / "include"
@@ -55,54 +55,74 @@ def closure(path: Path) -> Iterator[tuple[Path, str]]:
                 pending.append(CSRC / name)
 
 
-def undefined_symbols() -> list[str]:
+# The CUDA library is there if an nvcc was; test_cuda_library.py holds the build to that.
+LIBRARIES = [library_path(), *filter(None, [cuda_library_path()])]
+every_library = pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+
+
+def undefined_symbols(library: Path) -> list[str]:
     listing = subprocess.run(
-        ["nm", "-D", "--undefined-only", str(library_path())], check=True, capture_output=True, text=True
+        ["nm", "-D", "--undefined-only", str(library)], check=True, capture_output=True, text=True
     ).stdout
     return [line.split()[-1].partition("@")[0] for line in listing.splitlines() if line.strip()]
 
 
-def test_every_torch_symbol_is_declared_by_a_stable_shim() -> None:
+def needed_libraries(library: Path) -> list[str]:
+    dynamic = subprocess.run(["readelf", "-d", str(library)], check=True, capture_output=True, text=True).stdout
+    return re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+
+
+@every_library
+def test_every_torch_symbol_is_declared_by_a_stable_shim(library: Path) -> None:
     shims = [
         *(TORCH_INCLUDE / "torch/csrc/stable/c").glob("*.h"),
         *(TORCH_INCLUDE / "torch/csrc/inductor/aoti_torch/c").glob("shim*.h"),
     ]
     declared = set(re.findall(r"\b((?:aoti_)?torch_\w+)", "\n".join(p.read_text() for p in shims)))
-    used = {name for name in undefined_symbols() if re.match(r"(aoti_)?torch_", name)}
+    used = {name for name in undefined_symbols(library) if re.match(r"(aoti_)?torch_", name)}
     assert used, "the library uses no torch symbol at all, so this test looks at the wrong file"
     # Names such as aoti_torch_dtype_float32 are declared through a macro.
     missing = {n for n in used - declared if not re.match(r"aoti_torch_(dtype|device_type|layout)_", n)}
     assert not missing
 
 
-def test_no_symbol_of_the_unstable_cpp_api_is_used() -> None:
+@every_library
+def test_no_symbol_of_the_unstable_cpp_api_is_used(library: Path) -> None:
     unstable = re.compile(r"_ZNK?\d*(2at|3c10|5torch|6caffe2)|_ZN(2at|3c10|5torch|6caffe2)|THP")
-    assert not [name for name in undefined_symbols() if unstable.search(name)]
+    assert not [name for name in undefined_symbols(library) if unstable.search(name)]
 
 
 def test_cpu_library_has_no_cuda_symbol_and_no_cuda_dependency() -> None:
-    assert not [name for name in undefined_symbols() if re.search(r"cuda|cublas|cudnn|nvrtc", name, re.I)]
-    dynamic = subprocess.run(["readelf", "-d", str(library_path())], check=True, capture_output=True, text=True).stdout
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+    symbols = undefined_symbols(library_path())
+    assert not [name for name in symbols if re.search(r"cuda|cublas|cudnn|nvrtc", name, re.I)]
+    needed = needed_libraries(library_path())
     assert "libtorch_cpu.so" in needed
     assert not [name for name in needed if re.search(r"cuda|c10|torch_python|libtorch\.so", name)]
 
 
-def test_library_has_no_python_symbol() -> None:
-    assert not [name for name in undefined_symbols() if name.startswith(("Py", "_Py"))]
+@pytest.mark.skipif(len(LIBRARIES) == 1, reason="the CUDA library was not built")
+def test_cuda_library_brings_its_own_runtime_and_names_the_torch_library_of_its_shims() -> None:
+    needed = needed_libraries(LIBRARIES[1])
+    assert {"libtorch_cpu.so", "libtorch_cuda.so"} <= set(needed)
+    assert not [name for name in needed if re.search(r"cudart|c10|torch_python|libtorch\.so", name)]
+    assert not [name for name in undefined_symbols(LIBRARIES[1]) if re.match(r"_*cu(da)?[A-Z]", name)]
 
 
+@every_library
+def test_library_has_no_python_symbol(library: Path) -> None:
+    assert not [name for name in undefined_symbols(library) if name.startswith(("Py", "_Py"))]
+
+
+@every_library
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="torch-abi-audit needs Python 3.11")
-def test_torch_abi_audit_calls_the_library_stable_since_the_target_version() -> None:
+def test_torch_abi_audit_calls_the_library_stable_since_the_target_version(library: Path) -> None:
     tool = Path(sys.executable).parent / "torch-abi-audit"
-    result = subprocess.run(
-        [str(tool), "--check", "torch", "--json", str(library_path())], capture_output=True, text=True
-    )
+    result = subprocess.run([str(tool), "--check", "torch", "--json", str(library)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads(result.stdout)
-    (library,) = report["extensions"] + report["bundled_libs"]
-    assert library["torch"]["stable"] is True
-    assert library["torch"]["min_torch_version"].startswith("2.10")
+    (audited,) = report["extensions"] + report["bundled_libs"]
+    assert audited["torch"]["stable"] is True
+    assert audited["torch"]["min_torch_version"].startswith("2.10")
 
 
 def test_every_schema_has_a_cpu_kernel() -> None:

@@ -1,4 +1,5 @@
-// What the torch wrappers of the attention family share: tensors to RowViews, arguments to POD params.
+// What the CPU wrappers of the attention family share: segments, workspaces, rows that no kernel
+// writes.
 
 #pragma once
 
@@ -9,20 +10,12 @@
 #include <optional>
 #include <vector>
 
-#include "attention/attention.h"
+#include "attention/attention_checks.h"
 #include "attention/cpu/plan.h"
 #include "common/parallel_torch.h"
 #include "common/tensor_checks.h"
 
 namespace pruneops {
-
-inline FloatType float_type(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return FloatType::kBFloat16;
-    case ScalarType::Half: return FloatType::kFloat16;
-    default: return FloatType::kFloat32;
-  }
-}
 
 inline Tensor empty_float32(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
@@ -38,8 +31,6 @@ inline Tensor empty_float32(const std::vector<int64_t>& sizes) {
   return Tensor(handle);
 }
 
-inline float* float_data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
 // A CPU tensor of fp32, bf16 or fp16 with `dim` dimensions whose rows are contiguous.
 inline Tensor checked_rows(const Tensor& t, int64_t dim, const char* name) {
   check_cpu(t, name);
@@ -49,42 +40,10 @@ inline Tensor checked_rows(const Tensor& t, int64_t dim, const char* name) {
   return unit ? t : torch::stable::contiguous(t);
 }
 
-// View of [rows, heads, head_dim] or slots [batch, capacity, heads, head_dim].
-inline RowView row_view(const Tensor& t) {
-  const int64_t d = t.dim();
-  return {const_cast<void*>(t.const_data_ptr()), d == 4 ? t.stride(0) : 0, t.stride(d - 3),
-          t.stride(d - 2), float_type(t)};
-}
-
-// Sizes shared by queries and keys, checked.
-inline Heads checked_heads(const Tensor& q, const Tensor& k, const char* k_name) {
-  const int64_t dq = q.dim(), dk = k.dim();
-  const Heads heads{q.size(dq - 2), k.size(dk - 2), q.size(dq - 1),
-                    k.size(dk - 2) > 0 ? q.size(dq - 2) / k.size(dk - 2) : 0};
-  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type(), k_name, " must have the dtype of q");
-  check_size(k, dk - 1, heads.head_dim, k_name);
-  STD_TORCH_CHECK(heads.head_dim >= 1 && heads.head_dim <= kMaxHeadDim,
-                  "head_dim must be in [1, ", kMaxHeadDim, "], got ", heads.head_dim);
-  STD_TORCH_CHECK(heads.num_heads_k >= 1 && heads.num_heads_q >= 1 &&
-                      heads.num_heads_q % heads.num_heads_k == 0,
-                  "the number of query heads must be a multiple of the number of key heads, got ",
-                  heads.num_heads_q, " and ", heads.num_heads_k);
-  STD_TORCH_CHECK(q.size(0) <= kMaxRows && k.size(dk - 3) <= kMaxRows, "too many rows");
-  return heads;
-}
-
-inline void check_same_sizes(const Tensor& t, const Tensor& like, const char* name) {
-  check_dim(t, like.dim(), name);
-  for (int64_t d = 0; d < like.dim(); ++d) check_size(t, d, like.size(d), name);
-}
-
-// softmax_lse or its gradient: float32 [num_heads_q, total_q], returned contiguous.
+// softmax_lse or its gradient, returned contiguous.
 inline Tensor checked_lse(const Tensor& t, int64_t num_heads_q, int64_t total_q, const char* name) {
   check_cpu(t, name);
-  check_dim(t, 2, name);
-  check_dtype(t, ScalarType::Float, name);
-  check_size(t, 0, num_heads_q, name);
-  check_size(t, 1, total_q, name);
+  check_lse(t, num_heads_q, total_q, name);
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
@@ -104,7 +63,8 @@ class Workspace {
   char* data_;
 };
 
-// Calls f(first, count) for the rows in [0, total) that no segment covers: kernels leave them alone.
+// Calls f(first, count) for the rows in [0, total) that no segment covers: kernels leave them
+// alone.
 //   covered_begin, covered_end  begin of the first segment and end of the last one
 template <class F>
 void for_uncovered_rows(int64_t covered_begin, int64_t covered_end, int64_t total, const F& f) {
@@ -144,14 +104,6 @@ inline void reset_uncovered_lse(float* lse, int64_t num_heads, int64_t total, in
       std::fill_n(lse + h * total + first, count, -std::numeric_limits<float>::infinity());
     }
   });
-}
-
-inline const int32_t* int_data(const std::optional<Tensor>& t) {
-  return t.has_value() ? static_cast<const int32_t*>(t->const_data_ptr()) : nullptr;
-}
-
-inline const int32_t* int_data(const Tensor& t) {
-  return static_cast<const int32_t*>(t.const_data_ptr());
 }
 
 inline std::vector<Segment> checked_packed_segments(const Tensor& cu_seqlens_q,

@@ -10,13 +10,6 @@
 namespace pruneops {
 namespace {
 
-Reduce checked_reduce(const std::string& value, const char* name) {
-  if (value == "mean") return Reduce::kMean;
-  if (value == "sum") return Reduce::kSum;
-  STD_TORCH_CHECK(value == "max", name, " must be 'mean', 'sum' or 'max', got '", value, "'");
-  return Reduce::kMax;
-}
-
 // The LSE of every query row, from a forward pass that leaves the values out.
 Tensor compute_lse(const ScoreParams& scores, const std::vector<Segment>& segments,
                    const AttentionKernels& kernels, const ParallelFor& parallel, char* workspace) {
@@ -64,8 +57,8 @@ void run_direct_scores(ScoreParams params, const std::vector<Segment>& segments,
   const Tensor row_lse = empty_float32({params.heads.num_heads_q, params.total_q});
   constexpr int64_t kLargestKeys = 512, kSmallestKeys = 128;
   const std::vector<Block> blocks =
-      key_blocks(segments, params.visibility, kLargestKeys, kSmallestKeys,
-                 params.heads.num_heads_k, parallel.num_threads);
+      key_blocks(segments, params.visibility, kLargestKeys, kSmallestKeys, params.heads.num_heads_k,
+                 parallel.num_threads);
   params.raw_scores = float_data(raw);
   params.row_lse = float_data(row_lse);
   params.blocks = blocks.data();
@@ -132,19 +125,15 @@ Tensor column_scores_cpu(const Tensor& q, const Tensor& k, const Tensor& cu_seql
   check_dim(q, 3, "q");
   std::optional<Tensor> lse;
   if (softmax_lse.has_value()) lse = checked_lse(*softmax_lse, q.size(1), q.size(0), "softmax_lse");
-  return scores_of(q, k, cu_seqlens_q, cu_seqlens_k, {causal, nullptr}, softmax_scale,
-                   checked_reduce(query_reduce, "query_reduce"),
-                   checked_reduce(head_reduce, "head_reduce"),
-                   lse.has_value() ? static_cast<const float*>(lse->const_data_ptr()) : nullptr,
-                   false);
+  return scores_of(
+      q, k, cu_seqlens_q, cu_seqlens_k, {causal, nullptr}, softmax_scale,
+      checked_reduce(query_reduce, "query_reduce"), checked_reduce(head_reduce, "head_reduce"),
+      lse.has_value() ? static_cast<const float*>(lse->const_data_ptr()) : nullptr, false);
 }
 
 Tensor checked_positions(const Tensor& t, const char* name) {
   check_cpu(t, name);
-  check_dim(t, 1, name);
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, name,
-                  " must be int32 or int64");
-  STD_TORCH_CHECK(t.size(0) <= kMaxRows, name, " has too many rows");
+  check_positions(t, name);
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 

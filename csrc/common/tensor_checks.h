@@ -14,6 +14,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/float_types.h"
 #include "common/huge_pages.h"
 
 namespace pruneops {
@@ -43,6 +44,18 @@ inline void check_floating(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
       name, " must be float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype));
+}
+
+// The kernels' name for the dtype of a tensor that passed check_floating.
+inline FloatType float_type(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16:
+      return FloatType::kBFloat16;
+    case ScalarType::Half:
+      return FloatType::kFloat16;
+    default:
+      return FloatType::kFloat32;
+  }
 }
 
 inline void check_size(const Tensor& t, int64_t dim, int64_t size, const char* name) {

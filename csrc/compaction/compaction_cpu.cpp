@@ -11,36 +11,16 @@
 #include "common/parallel_torch.h"
 #include "common/tensor_checks.h"
 #include "compaction/compaction.h"
+#include "compaction/compaction_torch.h"
 #include "selection/selection_cpu.h"
 
 namespace pruneops {
 namespace {
 
-// True if every row (dimension 0) of `t` is one dense block; rows may be any distance apart.
-bool rows_are_dense(const Tensor& t) {
-  const auto sizes = t.sizes();
-  const auto strides = t.strides();
-  int64_t expected = 1;
-  for (int64_t d = t.dim() - 1; d >= 1; --d) {
-    if (sizes[d] == 0) return true;
-    if (sizes[d] != 1 && strides[d] != expected) return false;
-    expected *= sizes[d];
-  }
-  return true;
-}
-
-// Extent of dimension 0, which all tensors must share; -1 if there is no tensor.
+// Extent of dimension 0 of the tensors, all on the CPU; -1 if there is no tensor.
 int64_t check_row_tensors(const std::vector<Tensor>& tensors) {
-  int64_t num_rows = -1;
-  for (const Tensor& t : tensors) {
-    check_cpu(t, "every tensor of tensors");
-    STD_TORCH_CHECK(t.dim() >= 1, "every tensor of tensors must have at least 1 dimension, got 0");
-    if (num_rows < 0) num_rows = t.size(0);
-    check_size(t, 0, num_rows, "every tensor of tensors");
-  }
-  STD_TORCH_CHECK(num_rows <= kMaxRows, "tensors have ", num_rows, " rows; at most ", kMaxRows,
-                  " are supported");
-  return num_rows;
+  for (const Tensor& t : tensors) check_cpu(t, "every tensor of tensors");
+  return check_same_rows(tensors);
 }
 
 // For each tensor a new dense one with rows tensors[t][indices[i]].
@@ -56,14 +36,11 @@ std::vector<Tensor> gather(const std::vector<Tensor>& tensors, const int32_t* in
   for (const Tensor& tensor : tensors) {
     sources.push_back(rows_are_dense(tensor) ? tensor : torch::stable::contiguous(tensor));
     const Tensor& source = sources.back();
-    std::vector<int64_t> sizes(source.sizes().begin(), source.sizes().end());
-    int64_t row_bytes = static_cast<int64_t>(source.element_size());
-    for (size_t d = 1; d < sizes.size(); ++d) row_bytes *= sizes[d];
     const int64_t row_stride = source.stride(0) * static_cast<int64_t>(source.element_size());
-    sizes[0] = num_rows;
-    outputs.push_back(empty_cpu_like_dtype(source, sizes));
+    outputs.push_back(empty_cpu_like_dtype(source, sizes_with_rows(source, num_rows)));
     copies.push_back(RowCopy{static_cast<const char*>(source.const_data_ptr()), row_stride,
-                             static_cast<char*>(outputs.back().mutable_data_ptr()), row_bytes});
+                             static_cast<char*>(outputs.back().mutable_data_ptr()),
+                             bytes_per_row(source)});
   }
   gather_rows(GatherParams{copies.data(), static_cast<int64_t>(copies.size()), indices, num_rows,
                            num_src_rows},

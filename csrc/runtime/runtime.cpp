@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <sstream>
 #include <string>
 
 #include "common/cpu_features.h"
@@ -17,12 +18,17 @@ py::dict build_info() {
   for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
     if (pruneops::isa_compiled(isa)) isas.append(pruneops::isa_name(isa));
   }
+  py::list cuda_archs;
+  std::istringstream archs(PRUNEOPS_CUDA_ARCHS);
+  for (std::string arch; std::getline(archs, arch, ',');) cuda_archs.append(arch);
   return py::dict("version"_a = PRUNEOPS_VERSION, "compiler"_a = PRUNEOPS_COMPILER,
                   "cxx_flags"_a = PRUNEOPS_CXX_FLAGS, "cxx_standard"_a = __cplusplus,
                   "torch_build_version"_a = PRUNEOPS_TORCH_BUILD_VERSION,
                   "torch_target_version"_a = PRUNEOPS_TORCH_TARGET, "isas"_a = isas,
-                  "sanitized"_a = static_cast<bool>(PRUNEOPS_SANITIZED), "cuda"_a = false,
-                  "cuda_reason"_a = "this version has no CUDA kernels");
+                  "sanitized"_a = static_cast<bool>(PRUNEOPS_SANITIZED),
+                  "cuda"_a = static_cast<bool>(PRUNEOPS_CUDA_ENABLED),
+                  "cuda_reason"_a = PRUNEOPS_CUDA_REASON, "cuda_version"_a = PRUNEOPS_CUDA_VERSION,
+                  "cuda_archs"_a = cuda_archs);
 }
 
 py::dict cpu_features() {

@@ -1,0 +1,250 @@
+// Scores from all query rows, in two passes over tiles of query x key scores: softmax denominators
+// (unless given), then probabilities, reduced over heads and rows where they are made. No tile
+// outlives its block.
+//
+// Plain multiply-adds from shared memory, bf16 and fp16 widened to fp32: it is as accurate as fp32
+// and runs on any GPU, but far from what tensor cores give. The tensor-core kernel shares its main
+// loop with the attention kernels and comes with them.
+
+#pragma once
+
+#include "attention/cuda/rows.cuh"
+#include "attention/cuda/scores.h"
+#include "attention/cuda/segments.cuh"
+
+namespace pruneops {
+
+constexpr int kTile = 64;   // queries, and keys, of a tile
+constexpr int kDepth = 32;  // of head_dim at a time
+constexpr int kTileThreads =
+    128;  // thread t has rows 8 * (t / 16) + [0, 8) and keys 4 * (t % 16) + [0, 4)
+constexpr int kRowsOfThread = 8;
+constexpr int kKeysOfThread = 4;
+constexpr int kKeyThreads = kTile / kKeysOfThread;  // threads that share rows: half of a warp
+constexpr int kRowThreads = kTile / kRowsOfThread;
+
+struct TileShared {
+  float q[kDepth][kTile];
+  float k[kDepth][kTile];
+};
+
+// tile[d][r] = element depth + d of row r, 0 past the rows and past head_dim.
+template <class T>
+__device__ __forceinline__ void load_tile(const HeadRows<T>& rows, int num_rows, int64_t depth,
+                                          int64_t head_dim, float (&tile)[kDepth][kTile]) {
+#pragma unroll
+  for (int i = 0; i < kTile * kDepth / kVector / kTileThreads; ++i) {
+    const int vector = static_cast<int>(threadIdx.x) + i * kTileThreads;
+    const int r = vector % kTile, d = vector / kTile * kVector;
+    float x[kVector];
+    load_vector(rows.data + r * rows.stride + depth + d, r < num_rows ? head_dim - depth - d : 0,
+                rows.vectors, x);
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) tile[d + e][r] = x[e];
+  }
+}
+
+// products[i][j] = <row i, key j> of this thread. Begins with a barrier.
+template <class T>
+__device__ __forceinline__ void multiply_tile(const HeadRows<T>& q, int num_rows,
+                                              const HeadRows<T>& k, int num_keys, int64_t head_dim,
+                                              TileShared& shared,
+                                              float (&products)[kRowsOfThread][kKeysOfThread]) {
+  const int row = static_cast<int>(threadIdx.x) / kKeyThreads * kRowsOfThread;
+  const int key = static_cast<int>(threadIdx.x) % kKeyThreads * kKeysOfThread;
+#pragma unroll
+  for (int i = 0; i < kRowsOfThread; ++i) {
+#pragma unroll
+    for (int j = 0; j < kKeysOfThread; ++j) products[i][j] = 0.0f;
+  }
+  for (int64_t depth = 0; depth < head_dim; depth += kDepth) {
+    __syncthreads();
+    load_tile(q, num_rows, depth, head_dim, shared.q);
+    load_tile(k, num_keys, depth, head_dim, shared.k);
+    __syncthreads();
+#pragma unroll 8
+    for (int d = 0; d < kDepth; ++d) {
+      const float4 low = *reinterpret_cast<const float4*>(&shared.q[d][row]);
+      const float4 high = *reinterpret_cast<const float4*>(&shared.q[d][row + 4]);
+      const float4 b = *reinterpret_cast<const float4*>(&shared.k[d][key]);
+      const float a[kRowsOfThread] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i) {
+        products[i][0] = fmaf(a[i], b.x, products[i][0]);
+        products[i][1] = fmaf(a[i], b.y, products[i][1]);
+        products[i][2] = fmaf(a[i], b.z, products[i][2]);
+        products[i][3] = fmaf(a[i], b.w, products[i][3]);
+      }
+    }
+  }
+}
+
+// Limits of the thread's rows; 0 for rows past the last.
+__device__ __forceinline__ void thread_limits(const Visibility& visibility, const Segment& segment,
+                                              int64_t first, int num_rows,
+                                              int64_t (&limit)[kRowsOfThread], int64_t& largest) {
+  const int row = static_cast<int>(threadIdx.x) / kKeyThreads * kRowsOfThread;
+  largest = 0;
+#pragma unroll
+  for (int i = 0; i < kRowsOfThread; ++i) {
+    limit[i] = row + i < num_rows ? key_limit(visibility, segment, first + row + i) : 0;
+    largest = larger(largest, limit[i]);
+  }
+}
+
+// softmax_lse [num_heads_q, total_q], natural logarithms. One work item is (tile of packed queries,
+// query head). Every thread keeps the denominators of its rows over its own keys; they meet at the
+// end.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads)
+    lse_kernel(CudaScoreParams p, bool q_vectors, bool k_vectors, float* softmax_lse) {
+  __shared__ __align__(16) TileShared shared;
+  const DeviceSegments segments(p.bounds, p.num_segments);
+  const int row = static_cast<int>(threadIdx.x) / kKeyThreads * kRowsOfThread;
+  const int key = static_cast<int>(threadIdx.x) % kKeyThreads * kKeysOfThread;
+  const float log2_scale = p.softmax_scale * kLog2OfE;
+  const int64_t num_items = (p.total_q + kTile - 1) / kTile * p.heads.num_heads_q;
+  for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
+    const int64_t head = item % p.heads.num_heads_q;
+    const int64_t tile_begin = item / p.heads.num_heads_q * kTile;
+    for_pieces(segments, segments.q, tile_begin, smaller(tile_begin + kTile, p.total_q),
+               [&](const Segment& segment, int64_t begin, int64_t end) {
+                 const int num_rows = static_cast<int>(end - begin);
+                 const HeadRows<T> q = head_rows<T>(p.q, segment.q_begin + begin, head, q_vectors);
+                 int64_t limit[kRowsOfThread], largest;
+                 thread_limits(p.visibility, segment, begin, num_rows, limit, largest);
+                 PartialLse state[kRowsOfThread];
+#pragma unroll
+                 for (PartialLse& s : state) s = {-INFINITY, 0.0f};
+                 for (int64_t first = 0; __syncthreads_or(first < largest); first += kTile) {
+                   const int num_keys =
+                       static_cast<int>(smaller<int64_t>(kTile, segment.k_len - first));
+                   float products[kRowsOfThread][kKeysOfThread];
+                   multiply_tile(
+                       q, num_rows,
+                       head_rows<T>(p.k, segment.k_begin + first, head / p.heads.group, k_vectors),
+                       num_keys, p.heads.head_dim, shared, products);
+#pragma unroll
+                   for (int i = 0; i < kRowsOfThread; ++i) {
+                     float max = state[i].max;
+#pragma unroll
+                     for (int j = 0; j < kKeysOfThread; ++j) {
+                       products[i][j] =
+                           first + key + j < limit[i] ? products[i][j] * log2_scale : -INFINITY;
+                       max = fmaxf(max, products[i][j]);
+                     }
+                     const float shift = shift_of(max);
+                     float sum = state[i].sum * exp2f(state[i].max - shift);
+#pragma unroll
+                     for (int j = 0; j < kKeysOfThread; ++j) sum += exp2f(products[i][j] - shift);
+                     state[i] = {max, sum};
+                   }
+                 }
+#pragma unroll
+                 for (int i = 0; i < kRowsOfThread; ++i) {
+                   for (int flip = kKeyThreads / 2; flip > 0; flip /= 2) {
+                     PartialLse other;
+                     other.max = __shfl_xor_sync(kAllLanes, state[i].max, flip);
+                     other.sum = __shfl_xor_sync(kAllLanes, state[i].sum, flip);
+                     state[i] = merge(state[i], other);
+                   }
+                   if (key == 0 && row + i < num_rows) {
+                     softmax_lse[head * p.total_q + segment.q_begin + begin + row + i] =
+                         log2_sum(state[i]) * (1.0f / kLog2OfE);
+                   }
+                 }
+               });
+  }
+}
+
+// Sums over query rows, without the factors of means. One block has kTile packed keys and every
+// num_splits-th tile of their segments' queries, from tile blockIdx.y on.
+//   sums  [num_splits, total_k]
+template <class T>
+__global__ void __launch_bounds__(kTileThreads)
+    column_scores_kernel(CudaScoreParams p, bool q_vectors, bool k_vectors,
+                         const float* softmax_lse, float* sums) {
+  __shared__ __align__(16) TileShared shared;
+  __shared__ float of_threads[kRowThreads][kTile];
+  const DeviceSegments segments(p.bounds, p.num_segments);
+  const Heads& heads = p.heads;
+  const int row = static_cast<int>(threadIdx.x) / kKeyThreads * kRowsOfThread;
+  const int key = static_cast<int>(threadIdx.x) % kKeyThreads * kKeysOfThread;
+  const float log2_scale = p.softmax_scale * kLog2OfE;
+  const int64_t tile_begin = static_cast<int64_t>(blockIdx.x) * kTile;
+  const int64_t tile_end = smaller(tile_begin + kTile, p.total_k);
+  float* out = sums + static_cast<int64_t>(blockIdx.y) * p.total_k;
+  // Keys of no segment; the pieces below overwrite theirs.
+  if (tile_begin + threadIdx.x < tile_end) out[tile_begin + threadIdx.x] = 0.0f;
+
+  for_pieces(
+      segments, segments.k, tile_begin, tile_end,
+      [&](const Segment& segment, int64_t begin, int64_t end) {
+        const int num_keys = static_cast<int>(end - begin);
+        float column[kKeysOfThread] = {};  // over the thread's rows, in ascending order
+        for (int64_t first = blockIdx.y * kTile; first < segment.q_len;
+             first += gridDim.y * kTile) {
+          const int num_rows = static_cast<int>(smaller<int64_t>(kTile, segment.q_len - first));
+          int64_t limit[kRowsOfThread], largest;
+          thread_limits(p.visibility, segment, first, num_rows, limit, largest);
+          if (!__syncthreads_or(begin < largest)) continue;
+          float of_heads[kRowsOfThread][kKeysOfThread] = {};
+          for (int64_t head = 0; head < heads.num_heads_q; ++head) {
+            float products[kRowsOfThread][kKeysOfThread];
+            multiply_tile(head_rows<T>(p.q, segment.q_begin + first, head, q_vectors), num_rows,
+                          head_rows<T>(p.k, segment.k_begin + begin, head / heads.group, k_vectors),
+                          num_keys, heads.head_dim, shared, products);
+            const float* lse = softmax_lse + head * p.total_q + segment.q_begin + first;
+#pragma unroll
+            for (int i = 0; i < kRowsOfThread; ++i) {
+              const float log2_lse = row + i < num_rows ? lse[row + i] * kLog2OfE : 0.0f;
+#pragma unroll
+              for (int j = 0; j < kKeysOfThread; ++j) {
+                if (begin + key + j < limit[i]) {
+                  of_heads[i][j] = reduce(p.head_reduce, of_heads[i][j],
+                                          exp2f(fmaf(products[i][j], log2_scale, -log2_lse)));
+                }
+              }
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < kRowsOfThread; ++i) {
+#pragma unroll
+            for (int j = 0; j < kKeysOfThread; ++j) {
+              column[j] = reduce(p.query_reduce, column[j], of_heads[i][j]);
+            }
+          }
+        }
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < kKeysOfThread; ++j)
+          of_threads[row / kRowsOfThread][key + j] = column[j];
+        __syncthreads();
+        const int t = static_cast<int>(threadIdx.x);
+        if (t < num_keys) {
+          float sum = 0.0f;
+          for (int r = 0; r < kRowThreads; ++r) sum = reduce(p.query_reduce, sum, of_threads[r][t]);
+          out[segment.k_begin + begin + t] = sum;
+        }
+      });
+}
+
+constexpr int kFinishThreads = 256;
+
+// scores = splits put together, and the factors of means. Memory bound and small.
+//   sums  [num_splits, total_k]
+static __global__ void __launch_bounds__(kFinishThreads)
+    finish_scores_kernel(CudaScoreParams p, int32_t num_splits, const float* sums) {
+  const int64_t key = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
+  if (key >= p.total_k) return;
+  const DeviceSegments segments(p.bounds, p.num_segments);
+  const int64_t b = first_ending_past(segments.k + 1, p.num_segments, key);
+  float sum = 0.0f;
+  for (int32_t s = 0; s < num_splits; ++s)
+    sum = reduce(p.query_reduce, sum, sums[s * p.total_k + key]);
+  const int64_t q_len = b < p.num_segments ? segments[b].q_len : 0;
+  p.scores[key] =
+      sum * mean_factor(p.head_reduce, p.heads.num_heads_q) * mean_factor(p.query_reduce, q_len);
+}
+
+}  // namespace pruneops

@@ -1,0 +1,229 @@
+// The stand-in for the CUDA execution model keeps its promises, and says so when a kernel breaks a
+// rule.
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "common/cuda_kernel.h"
+
+namespace {
+
+using cuda_on_host::all_schedules;
+using cuda_on_host::Failure;
+using cuda_on_host::launch;
+using cuda_on_host::schedule;
+
+constexpr unsigned kFull = 0xffffffffu;
+
+// Exclusive sums over a block, with shuffles inside warps and shared memory between them.
+__global__ void block_scan(const int* in, int* out, int n) {
+  PRUNEOPS_DYNAMIC_SHARED(int, warp_sums);
+  const int t = static_cast<int>(threadIdx.x), lane = t % warpSize, warp = t / warpSize;
+  const int i = static_cast<int>(blockIdx.x * blockDim.x) + t;
+  const int value = i < n ? in[i] : 0;
+  int sum = value;
+  for (int delta = 1; delta < warpSize; delta *= 2) {
+    const int below = __shfl_up_sync(kFull, sum, static_cast<unsigned>(delta));
+    if (lane >= delta) sum += below;
+  }
+  if (lane == warpSize - 1) warp_sums[warp] = sum;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) sum += warp_sums[w];
+  if (i < n) out[i] = sum - value;
+}
+
+void scan_is_right_in_every_order() {
+  const int n = 1000, block = 128;
+  std::vector<int> in(n), out;
+  for (int i = 0; i < n; ++i) in[i] = i * 7 % 13;
+  out.assign(n, -1);
+  launch(block_scan, dim3((n + block - 1) / block), dim3(block), block / 32 * sizeof(int),
+         in.data(), out.data(), n);
+  for (int i = 0, sum = 0; i < n; ++i) {
+    if (i % block == 0) sum = 0;
+    CHECK(out[i] == sum);
+    sum += in[i];
+  }
+}
+
+__global__ void warp_operations(unsigned* out) {
+  const int lane = static_cast<int>(threadIdx.x);
+  unsigned* mine = out + lane * 12;
+  mine[0] = __ballot_sync(kFull, lane % 3 == 0);
+  mine[1] = __any_sync(kFull, lane == 31);
+  mine[2] = __all_sync(kFull, lane < 31);
+  mine[3] = __shfl_sync(kFull, lane * lane, 5);
+  mine[4] = __shfl_xor_sync(kFull, lane, 1);
+  mine[5] = __shfl_down_sync(kFull, lane, 4, 8);
+  mine[6] = __reduce_add_sync(kFull, static_cast<unsigned>(lane));
+  mine[7] = __reduce_max_sync(kFull, lane - 100) == -69;
+  // Halves of a warp that take different ways meet among themselves.
+  if (lane < 16) {
+    mine[8] = __shfl_sync(0x0000ffffu, lane, 3);
+  } else {
+    __syncwarp(0xffff0000u);
+    mine[8] = __shfl_sync(0xffff0000u, lane, 20);
+  }
+  mine[9] = __shfl_sync(kFull, 1.5, 0) == 1.5;
+  mine[10] = __syncthreads_count(lane < 7);
+  mine[11] = __syncthreads_or(lane == 2) + 2 * __syncthreads_and(lane == 2);
+}
+
+void warp_operations_are_right() {
+  std::vector<unsigned> out(32 * 12, 77);
+  launch(warp_operations, dim3(1), dim3(32), 0, out.data());
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    const unsigned* mine = out.data() + lane * 12;
+    CHECK(mine[0] == 0x49249249u && mine[1] == 1 && mine[2] == 0 && mine[3] == 25 &&
+          mine[4] == (lane ^ 1));
+    CHECK(mine[5] == (lane % 8 < 4 ? lane + 4 : lane));
+    CHECK(mine[6] == 496 && mine[7] == 1 && mine[8] == (lane < 16 ? 3 : 20) && mine[9] == 1);
+    CHECK(mine[10] == 7 && mine[11] == 1);
+  }
+}
+
+// The block that finishes last adds up what all of them left.
+__global__ void last_block_sums(unsigned* partial, unsigned* finished, unsigned long long* total) {
+  __shared__ bool is_last;
+  if (threadIdx.x == 0) partial[blockIdx.x] = 0;
+  __syncthreads();
+  atomicAdd(&partial[blockIdx.x], threadIdx.x + blockIdx.x);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) is_last = atomicAdd(finished, 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (!is_last) return;
+  for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) atomicAdd(total, partial[i]);
+}
+
+void the_last_block_sees_all_others() {
+  const unsigned blocks = 37, threads = 48;
+  std::vector<unsigned> partial(blocks, 99);
+  unsigned finished = 0;
+  unsigned long long total = 0;
+  launch(last_block_sums, dim3(blocks), dim3(threads), 0, partial.data(), &finished, &total);
+  CHECK(finished == blocks);
+  CHECK(total == blocks * (threads * (threads - 1) / 2) + threads * (blocks * (blocks - 1) / 2));
+}
+
+__global__ void atomics(int* sums, unsigned* bits, float* sum, unsigned* claimed) {
+  atomicAdd(&sums[0], static_cast<int>(threadIdx.x));
+  atomicMax(&sums[1], static_cast<int>(threadIdx.x));
+  atomicMin(&sums[2], -static_cast<int>(threadIdx.x));
+  atomicOr(bits, 1u << threadIdx.x % 32);
+  atomicAdd(sum, 0.5f);
+  if (atomicCAS(claimed, 0u, threadIdx.x + 1) == 0u) atomicAdd(&sums[3], 1);
+}
+
+void atomics_are_right() {
+  int sums[4] = {};
+  unsigned bits = 0, claimed = 0;
+  float sum = 0;
+  launch(atomics, dim3(1), dim3(64), 0, sums, &bits, &sum, &claimed);
+  CHECK(sums[0] == 2016 && sums[1] == 63 && sums[2] == -63 && sums[3] == 1);
+  CHECK(bits == kFull && sum == 32.0f && claimed >= 1 && claimed <= 64);
+}
+
+__global__ void indices(int* out) {
+  const dim3& b = blockDim;
+  const unsigned thread = threadIdx.x + b.x * (threadIdx.y + b.y * threadIdx.z);
+  const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  out[block * (b.x * b.y * b.z) + thread] += 1;
+}
+
+void every_thread_of_every_block_runs_once() {
+  std::vector<int> out(2 * 3 * 4 * 5 * 2 * 2, 0);
+  launch(indices, dim3(2, 3, 4), dim3(5, 2, 2), 0, out.data());
+  for (int x : out) CHECK(x == 1);
+}
+
+// Each of these breaks a rule.
+__global__ void some_return_before_the_barrier(int* x) {
+  if (threadIdx.x == 3) return;
+  __syncthreads();
+  *x = 1;
+}
+
+__global__ void different_barriers(int* x) {
+  if (threadIdx.x < 2) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  *x = 1;
+}
+
+__global__ void lane_missing_from_shuffle(int* x) {
+  if (threadIdx.x == 9) {
+    __syncthreads();
+  } else {
+    *x = __shfl_sync(kFull, 1, 0);
+  }
+}
+
+__global__ void reads_lane_that_returned(int* x) {
+  if (threadIdx.x == 0) return;
+  *x = __shfl_sync(kFull, 1, 0);
+}
+
+__global__ void different_masks(int* x) { *x = __shfl_sync(threadIdx.x == 1 ? 0x3u : kFull, 1, 0); }
+
+__global__ void caller_not_in_mask(int* x) { *x = __shfl_sync(1u, 1, 0); }
+
+bool fails_with(void (*kernel)(int*), const std::string& expected) {
+  int x = 0;
+  try {
+    launch(kernel, dim3(2), dim3(32), 0, &x);
+  } catch (const Failure& failure) {
+    return std::string(failure.what()).find(expected) != std::string::npos;
+  }
+  return false;
+}
+
+void broken_rules_are_reported() {
+  CHECK(fails_with(some_return_before_the_barrier,
+                   "deadlock: of 32 threads 1 have returned, 31 wait at a barrier"));
+  CHECK(fails_with(different_barriers, "different barriers"));
+  CHECK(fails_with(lane_missing_from_shuffle,
+                   "deadlock: of 32 threads 0 have returned, 1 wait at a barrier"));
+  CHECK(fails_with(reads_lane_that_returned, "reads lane 0, which takes no part"));
+  CHECK(fails_with(different_masks, "different operations or masks"));
+  CHECK(fails_with(caller_not_in_mask, "the caller is not in its mask"));
+}
+
+// A missing barrier: which value thread 0 finds depends on the order of threads.
+__global__ void missing_barrier(int* out) {
+  PRUNEOPS_DYNAMIC_SHARED(int, x);
+  if (threadIdx.x == 1) *x = 5;
+  if (threadIdx.x == 0) *out = *x;
+}
+
+void a_missing_barrier_shows() {
+  bool found_written = false, found_poison = false;
+  for (const auto& s : all_schedules()) {
+    schedule = s;
+    int out = 0;
+    launch(missing_barrier, dim3(1), dim3(32), sizeof(int), &out);
+    found_written |= out == 5;
+    found_poison |= out == -1;
+  }
+  CHECK(found_written && found_poison);
+}
+
+}  // namespace
+
+int main() {
+  for (const auto& s : all_schedules()) {
+    schedule = s;
+    scan_is_right_in_every_order();
+    warp_operations_are_right();
+    the_last_block_sees_all_others();
+    atomics_are_right();
+    every_thread_of_every_block_runs_once();
+    broken_rules_are_reported();
+  }
+  a_missing_barrier_shows();
+  return 0;
+}

@@ -1,0 +1,38 @@
+"""Where there is a GPU there is a CUDA library with every kernel that it should have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_support import DEVICE, NATIVE_OPS, REHEARSAL, on_device, raw
+
+import pruneops
+from pruneops import backends
+from pruneops.testing import cu_seqlens_of
+
+pytestmark = pytest.mark.gpu
+
+
+def test_the_cuda_library_is_built_and_loaded():
+    if REHEARSAL:
+        return
+    info = pruneops.build_info()
+    assert info["cuda"], info["cuda_reason"]
+    assert info["cuda_library"] == "loaded"
+
+
+@pytest.mark.parametrize("op", NATIVE_OPS)
+def test_the_op_has_a_compiled_kernel(op, native):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pruneops::{op}", DEVICE.type.upper())
+    assert backends.explain(op, DEVICE.type).splitlines()[0].endswith(": native")
+
+
+def test_a_kernel_refuses_tensors_on_two_devices():
+    scores, cu_seqlens, counts = torch.randn(8), cu_seqlens_of([8]), torch.tensor([3], dtype=torch.int32)
+    if REHEARSAL:
+        return
+    for wrong in range(3):
+        args = [x if i == wrong else x.to(DEVICE) for i, x in enumerate((scores, cu_seqlens, counts))]
+        with pytest.raises((RuntimeError, ValueError)):
+            raw("segment_topk", *args, 3)
+    assert float((on_device(torch.arange(4.0)) + 1).sum()) == 10.0, "a refused call left a CUDA error behind"

@@ -1,0 +1,106 @@
+"""Every op with a CUDA kernel passes torch.library.opcheck there: schema, autograd, fake kernel and tracing agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gpu_support import DEVICE, NATIVE_OPS, on_device
+from torch import Tensor
+from torch.library import opcheck
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from pruneops.testing import attention_inputs, cu_seqlens_of
+
+pytestmark = pytest.mark.gpu
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def selection() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(9), cu_seqlens_of([4, 0, 5]), torch.arange(9) % 4 == 0
+
+
+def topk() -> tuple[Any, ...]:
+    scores, cu_seqlens, protect = selection()
+    return scores, cu_seqlens, int32(2, 0, 1), 7, protect
+
+
+def threshold() -> tuple[Any, ...]:
+    scores, cu_seqlens, protect = selection()
+    return scores, cu_seqlens, 0.2, 7, int32(1, 0, 2), protect
+
+
+def rows(count: int = 9) -> list[Tensor]:
+    return [torch.randn(count, 3), torch.arange(count), torch.randn(count, 2, 2).bfloat16()]
+
+
+def compact() -> tuple[Any, ...]:
+    scores, cu_seqlens, protect = selection()
+    return scores, rows(), cu_seqlens, int32(2, 0, 1), 7, protect
+
+
+def last_query() -> tuple[Any, ...]:
+    inputs = attention_inputs((5, 0, 7), (6, 2, 7), head_dim=8, dtype=torch.bfloat16)
+    limit = torch.randint(0, 7, (12,), dtype=torch.int32)
+    return inputs.q, inputs.k, inputs.cu_seqlens_q, inputs.cu_seqlens_k, 0.3, "mean", "max", limit
+
+
+def column() -> tuple[Any, ...]:
+    inputs = attention_inputs((5, 0, 7), (6, 2, 7), head_dim=8)
+    return inputs.q, inputs.k, *inputs.boundaries, True, 0.3, "sum", "mean", torch.randn(4, 12)
+
+
+def positions() -> tuple[Any, ...]:
+    return torch.arange(9), torch.arange(9), cu_seqlens_of([4, 0, 5]), cu_seqlens_of([4, 0, 5])
+
+
+CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "segment_topk": topk,
+    "segment_threshold": threshold,
+    "gather_rows": lambda: (rows(), int32(3, -1, 0)),
+    "scatter_rows": lambda: (rows(), int32(3, -1, 0, 5, 6, 7, 8, 9, 11), 12),
+    "select_compact": compact,
+    "last_query_scores": last_query,
+    "column_scores": column,
+    "kv_limit_from_positions": positions,
+}
+DIFFERENTIABLE = ("gather_rows", "scatter_rows", "select_compact")
+
+
+def needing_grad(args: Any) -> Any:
+    def mark(x: Tensor) -> Tensor:
+        return x.requires_grad_() if x.dim() > 1 and x.is_floating_point() else x
+
+    return tree_map_only(Tensor, mark, args)
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_opcheck(op):
+    results = opcheck(getattr(torch.ops.pruneops, op).default, on_device(CASES[op]()))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_opcheck_with_gradients(op):
+    results = opcheck(getattr(torch.ops.pruneops, op).default, needing_grad(on_device(CASES[op]())))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_every_op_with_a_cuda_kernel_is_checked():
+    assert set(CASES) == set(NATIVE_OPS)
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_fake_tensors_have_the_shape_dtype_and_strides_of_real_ones(op):
+    args = on_device(CASES[op]())
+    function = getattr(torch.ops.pruneops, op).default
+    real = tree_leaves(function(*args))
+    meta = tree_leaves(function(*tree_map_only(Tensor, lambda x: x.to("meta"), args)))
+    for a, b in zip(real, meta, strict=True):
+        assert a.device.type == DEVICE.type
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
