@@ -39,9 +39,7 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         spec = importlib.util.find_spec("torch")
         if spec is None or not spec.submodule_search_locations:
-            raise RuntimeError(
-                "building pruneops needs torch: install torch first and build with --no-build-isolation"
-            )
+            raise RuntimeError("building pruneops needs torch: install torch first and build with --no-build-isolation")
         sanitize = flag("PRUNEOPS_SANITIZE")
         kind = "-sanitize" if sanitize else ""
         self.cmake_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{kind}"

@@ -1,4 +1,5 @@
-// What the torch wrappers of the attention family share: tensors to RowViews, arguments to POD params.
+// What the torch wrappers of the attention family share: tensors to RowViews, arguments to POD
+// params.
 
 #pragma once
 
@@ -18,9 +19,12 @@ namespace pruneops {
 
 inline FloatType float_type(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return FloatType::kBFloat16;
-    case ScalarType::Half: return FloatType::kFloat16;
-    default: return FloatType::kFloat32;
+    case ScalarType::BFloat16:
+      return FloatType::kBFloat16;
+    case ScalarType::Half:
+      return FloatType::kFloat16;
+    default:
+      return FloatType::kFloat32;
   }
 }
 
@@ -63,8 +67,8 @@ inline Heads checked_heads(const Tensor& q, const Tensor& k, const char* k_name)
                     k.size(dk - 2) > 0 ? q.size(dq - 2) / k.size(dk - 2) : 0};
   STD_TORCH_CHECK(q.scalar_type() == k.scalar_type(), k_name, " must have the dtype of q");
   check_size(k, dk - 1, heads.head_dim, k_name);
-  STD_TORCH_CHECK(heads.head_dim >= 1 && heads.head_dim <= kMaxHeadDim,
-                  "head_dim must be in [1, ", kMaxHeadDim, "], got ", heads.head_dim);
+  STD_TORCH_CHECK(heads.head_dim >= 1 && heads.head_dim <= kMaxHeadDim, "head_dim must be in [1, ",
+                  kMaxHeadDim, "], got ", heads.head_dim);
   STD_TORCH_CHECK(heads.num_heads_k >= 1 && heads.num_heads_q >= 1 &&
                       heads.num_heads_q % heads.num_heads_k == 0,
                   "the number of query heads must be a multiple of the number of key heads, got ",
@@ -104,7 +108,8 @@ class Workspace {
   char* data_;
 };
 
-// Calls f(first, count) for the rows in [0, total) that no segment covers: kernels leave them alone.
+// Calls f(first, count) for the rows in [0, total) that no segment covers: kernels leave them
+// alone.
 //   covered_begin, covered_end  begin of the first segment and end of the last one
 template <class F>
 void for_uncovered_rows(int64_t covered_begin, int64_t covered_end, int64_t total, const F& f) {

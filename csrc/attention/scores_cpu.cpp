@@ -64,8 +64,8 @@ void run_direct_scores(ScoreParams params, const std::vector<Segment>& segments,
   const Tensor row_lse = empty_float32({params.heads.num_heads_q, params.total_q});
   constexpr int64_t kLargestKeys = 512, kSmallestKeys = 128;
   const std::vector<Block> blocks =
-      key_blocks(segments, params.visibility, kLargestKeys, kSmallestKeys,
-                 params.heads.num_heads_k, parallel.num_threads);
+      key_blocks(segments, params.visibility, kLargestKeys, kSmallestKeys, params.heads.num_heads_k,
+                 parallel.num_threads);
   params.raw_scores = float_data(raw);
   params.row_lse = float_data(row_lse);
   params.blocks = blocks.data();
@@ -132,11 +132,10 @@ Tensor column_scores_cpu(const Tensor& q, const Tensor& k, const Tensor& cu_seql
   check_dim(q, 3, "q");
   std::optional<Tensor> lse;
   if (softmax_lse.has_value()) lse = checked_lse(*softmax_lse, q.size(1), q.size(0), "softmax_lse");
-  return scores_of(q, k, cu_seqlens_q, cu_seqlens_k, {causal, nullptr}, softmax_scale,
-                   checked_reduce(query_reduce, "query_reduce"),
-                   checked_reduce(head_reduce, "head_reduce"),
-                   lse.has_value() ? static_cast<const float*>(lse->const_data_ptr()) : nullptr,
-                   false);
+  return scores_of(
+      q, k, cu_seqlens_q, cu_seqlens_k, {causal, nullptr}, softmax_scale,
+      checked_reduce(query_reduce, "query_reduce"), checked_reduce(head_reduce, "head_reduce"),
+      lse.has_value() ? static_cast<const float*>(lse->const_data_ptr()) : nullptr, false);
 }
 
 Tensor checked_positions(const Tensor& t, const char* name) {

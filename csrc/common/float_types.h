@@ -41,7 +41,8 @@ static inline float to_float(BFloat16 value) {
 static inline float to_float(Half value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return float_from_bits(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  if (magnitude >= 0x7c00u)
+    return float_from_bits(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
   if (magnitude >= 0x0400u) return float_from_bits(sign | ((magnitude << 13) + 0x38000000u));
   // Subnormal: magnitude * 2^-24 is exact in float.
   const float value_f = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
@@ -72,7 +73,8 @@ static inline void from_float(float value, Half* out) {
   } else if (magnitude >= 0x38800000u) {  // normal half
     result = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   } else {
-    // Adding 0.5 puts the subnormal half's last place at the float's last place: the addition rounds.
+    // Adding 0.5 puts the subnormal half's last place at the float's last place: the addition
+    // rounds.
     result = bits_of_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
   }
   out->bits = static_cast<uint16_t>(sign | result);
