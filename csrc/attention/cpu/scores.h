@@ -39,11 +39,32 @@ struct ScoreWorkspace {
   }
 };
 
-// accumulated = accumulated op value, op being sum or max. Probabilities are not negative, so both
-// start at 0. A NaN wins over any number.
+// Sum or max of two vectors of probabilities. They are not negative, so both reductions start at 0.
+// A NaN wins over any number.
+PRUNEOPS_INLINE Vec combine(Reduce reduce, Vec a, Vec b) {
+  return reduce == Reduce::kMax ? vmax(a, b) : a + b;
+}
+
 PRUNEOPS_INLINE void reduce_into(Reduce reduce, float* accumulated, Vec value) {
-  const Vec before = load(accumulated);
-  store(accumulated, reduce == Reduce::kMax ? vmax(before, value) : before + value);
+  store(accumulated, combine(reduce, load(accumulated), value));
+}
+
+// column = column op rows [count, kScoreKeys]. Groups of rows are reduced first: one running sum
+// over thousands of rows would lose digits that torch's pairwise sums keep.
+PRUNEOPS_INLINE void reduce_rows(Reduce reduce, float* column, const float* rows, int64_t count,
+                                 int64_t padded_keys) {
+  constexpr int64_t kGroup = 8;
+  for (int64_t j = 0; j < padded_keys; j += kVecWidth) {
+    Vec total = zero();
+    for (int64_t first = 0; first < count; first += kGroup) {
+      Vec group = zero();
+      for (int64_t r = first; r < min_of(first + kGroup, count); ++r) {
+        group = combine(reduce, group, load(rows + r * kScoreKeys + j));
+      }
+      total = combine(reduce, total, group);
+    }
+    reduce_into(reduce, column + j, total);
+  }
 }
 
 PRUNEOPS_INLINE float mean_factor(Reduce reduce, int64_t count) {
@@ -100,11 +121,7 @@ inline void score_key_tile(const ScoreParams& params, const Segment& segment, in
         }
       }
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = 0; j < padded_keys; j += kVecWidth) {
-        reduce_into(params.query_reduce, ws.column + j, load(ws.reduced + r * kScoreKeys + j));
-      }
-    }
+    reduce_rows(params.query_reduce, ws.column, ws.reduced, rows, padded_keys);
   }
   const float factor = mean_factor(params.head_reduce, heads.num_heads_q) *
                        mean_factor(params.query_reduce, segment.q_len);
