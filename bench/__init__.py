@@ -1,0 +1,1 @@
+"""Benchmarks against plain torch: ``make bench`` runs them and writes ``bench/results/``."""

@@ -1,0 +1,100 @@
+"""``python -m bench.report build/bench.json``: the JSON of a run as a markdown table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def _time(ms: float) -> str:
+    return f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 100 else f"{ms:.0f}"
+
+
+def _row(info: dict[str, Any]) -> str:
+    rate = f"{info['rate']:.0f} {info['rate_unit']} ({info['of_ceiling']:.0%})" if "rate" in info else "-"
+    cells = (
+        f"`{info['op']}`",
+        info["workload"],
+        info["dtype"],
+        _time(info["ours_ms"]),
+        rate,
+        info["peer"],
+        _time(info["peer_ms"]),
+        f"**{info['ratio']:.2f}** ({info['ratio_low']:.2f} to {info['ratio_high']:.2f})",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def conditions(run: dict[str, Any]) -> str:
+    """One paragraph: the machine, the versions and the ceilings measured in the run."""
+    machine = run["machine_info"]
+    ours = machine["pruneops"]
+    ceilings = ours["ceilings"]
+    cpu = machine.get("cpu", {}).get("brand_raw") or machine.get("processor") or machine["machine"]
+    parts = (
+        run["datetime"][:10],
+        cpu,
+        f"{ours['threads']} threads",
+        f"instruction set {ours['isa']}",
+        f"Python {ours['python']}",
+        f"torch {ours['torch']}",
+        f"pruneops {ours['version']}",
+    )
+    return (
+        f"{', '.join(parts)}. In the same run torch reached: "
+        f"copy {ceilings['copy_gbs']:.0f} GB/s (bytes read plus written), "
+        f"float32 product {ceilings['sgemm_gfs']:.0f} GF/s, "
+        f"bfloat16 product {ceilings['bf16_gemm_gfs']:.0f} GF/s."
+    )
+
+
+HOW_TO_READ = """\
+Times are medians of alternating rounds in one process, in milliseconds. The ratio is peer time over pruneops
+time (above 1: pruneops is faster), with the lowest and highest ratio of a single round behind it. Rates
+count the bytes or operations that the result needs (causal attention: pairs below the diagonal only). The
+percentage compares a rate with torch's copy or matrix product of the same dtype in the same run. Neither is a
+limit: inputs of a few megabytes stay in cache, and attention kernels may use the vector units better than
+the matrix product of the library does."""
+
+
+def markdown(run: dict[str, Any]) -> str:
+    """The whole report: conditions, how to read it, one row a comparison."""
+    rows = [bench["extra_info"] for bench in run["benchmarks"] if "ratio" in bench["extra_info"]]
+    lines = [
+        "# pruneops against plain torch",
+        "",
+        conditions(run),
+        "",
+        HOW_TO_READ,
+        "",
+        "| op | workload | dtype | pruneops ms | rate | peer | peer ms | ratio |",
+        "|---|---|---|---:|---:|---|---:|---|",
+        *map(_row, rows),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("json", type=Path, help="what pytest --benchmark-json wrote")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    args = parser.parse_args(argv)
+    try:
+        run = json.loads(args.json.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        print(f"bench.report: cannot read {args.json}: {error}", file=sys.stderr)
+        return 1
+    table = markdown(run)
+    print(table)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(table)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
