@@ -154,6 +154,12 @@ CASES: list[Case] = [
     (topk, {"cu_seqlens": int32(0, 4, 10)}, ValueError, "cu_seqlens must not end past the 9 rows .* got 10"),
     (topk, {"keep_counts": [5, 0]}, ValueError, r"keep_counts\[0\] must not be above 4, .* got 5"),
     (topk, {"keep_counts": [0, -1]}, ValueError, r"keep_counts\[1\] must not be negative, got -1"),
+    (
+        threshold,
+        {"min_keep": torch.tensor([0, 2**40])},
+        ValueError,
+        "min_keep must hold 32-bit ints, got 1099511627776",
+    ),
     (topk, {"keep_counts": [0, 2**40]}, ValueError, "keep_counts must hold 32-bit ints, got 1099511627776"),
     (topk, {"capacity": -1}, ValueError, "capacity must be between 0 and 2147483647, got -1"),
     (topk, {"protected_counts": [0, 0]}, ValueError, "protected_counts must come with protect, got protect=None"),

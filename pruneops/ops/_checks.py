@@ -144,7 +144,9 @@ def host_counts(name: str, value: Any, batch: int, device: torch.device) -> list
         tensor(name, value, 1, INTS, rows=batch)
         if value.device.type != "cpu" and value.device != device:
             raise ValueError(f"{name} must be on the CPU or {device}, got {value.device}")
-        return value.tolist() if readable(value) else value
+        if not readable(value):
+            return value
+        value = value.tolist()
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name} must be a list of ints or an int tensor, got {type(value).__name__}")
     for count in value:
@@ -163,6 +165,8 @@ def counts_tensor(counts: list[int] | Tensor, device: torch.device) -> Tensor:
         counts = torch.tensor(counts, dtype=torch.int32)
     if counts.dtype == torch.int32 and counts.device == device:
         return counts
+    if counts.dtype == torch.int64:  # too large for any segment, but must not wrap to something smaller
+        counts = counts.clamp(-_INT32_MAX, _INT32_MAX)
     return counts.to(device=device, dtype=torch.int32, non_blocking=True)
 
 
