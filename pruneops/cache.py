@@ -35,6 +35,14 @@ class RowState:
     bound: int
     capacity: int
 
+    def grown(self, tokens: int) -> tuple[int, int]:
+        """`bound` and `capacity` once every row has got up to `tokens` more."""
+        bound, capacity = self.bound + tokens, self.capacity
+        if bound >= capacity:
+            # Half as much again: the copies that growth costs stay O(1) per token.
+            capacity = _round_up(max(bound + 1, capacity + capacity // 2))
+        return bound, capacity
+
     def rows(self, index: Tensor) -> RowState:
         return RowState(
             self.seqused_k.index_select(0, index),
@@ -275,30 +283,36 @@ class ChunkAppender:
         key = (id(state), id(batch.origin))
         if key not in self._plans:
             self._pinned += [state, batch.origin]
-            self._plans[key] = self._make(state, batch)
+            if state is not None and batch.one_token_a_row:
+                self._plans[key] = self._one_token(state, batch)
+            else:
+                self._plans[key] = self._make(state, batch)
         return self._plans[key]
+
+    def _one_token(self, state: RowState, batch: RaggedBatch) -> Append:
+        """`_make` for a decoding step, where it runs for every token: the fewest operations."""
+        bound, capacity = state.grown(1)
+        positions = state.next_position if self.renumber else batch.position_ids
+        after = RowState(state.seqused_k + 1, positions + 1, bound, capacity)
+        return Append(torch.add(state.seqused_k, batch.row_ids, alpha=capacity), after, False, positions)
 
     def _make(self, state: RowState | None, batch: RaggedBatch) -> Append:
         new = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).to(torch.int32)
-        offsets = batch.offsets
         if state is None:
             state = RowState(torch.zeros_like(new), torch.zeros_like(new, dtype=torch.int64), 0, 0)
             fresh, positions = True, batch.position_ids
         else:
-            fresh = False
-            continued = state.next_position.index_select(0, batch.row_ids) + offsets
-            positions = continued if self.renumber else batch.position_ids
-        bound, capacity = state.bound + batch.max_seqlen, state.capacity
-        if bound >= capacity:
-            # Half as much again: the copies that growth costs stay O(1) per token.
-            capacity = _round_up(max(bound + 1, capacity + capacity // 2))
-        destination = batch.row_ids * capacity + state.seqused_k.index_select(0, batch.row_ids) + offsets
+            fresh, positions = False, batch.position_ids
+            if self.renumber:
+                positions = state.next_position.index_select(0, batch.row_ids) + batch.offsets
+        bound, capacity = state.grown(batch.max_seqlen)
+        slot = state.seqused_k.index_select(0, batch.row_ids) + batch.offsets
         next_position = state.next_position
         if positions.numel():
             last = (batch.cu_seqlens[1:].long() - 1).clamp(min=0)
             next_position = torch.where(new > 0, positions.index_select(0, last) + 1, next_position)
         after = RowState(state.seqused_k + new, next_position, bound, capacity)
-        return Append(destination, after, fresh, positions)
+        return Append(batch.row_ids * capacity + slot, after, fresh, positions)
 
 
 def _round_up(tokens: int) -> int:

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pruneops import ops
 from pruneops.cache import Append, ChunkAppender, RaggedCache
-from pruneops.ragged import RaggedBatch, pack
+from pruneops.ragged import RaggedBatch, pack, pack_one_token
 
 if TYPE_CHECKING:
     from pruneops.methods.base import PruningMethod
@@ -157,7 +157,11 @@ def pruneops_attention(
         )
     if dropout:
         raise ValueError(f"attention_dropout: got {dropout}, expected 0; the ragged attention kernels have no dropout")
-    query, key, value = (_autocast(t[0].transpose(0, 1)) for t in (query, key, value))
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    if torch.is_autocast_enabled(query.device.type):
+        # The rotary embedding leaves queries and keys in float32, the values are in the autocast dtype.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     append, longest = ragged.append, ragged.max_seqlen
     if append is not None:
         longest = append.after.bound
@@ -188,13 +192,6 @@ def pruneops_attention(
             seqused_k=append.after.seqused_k,
         )
     return out.unsqueeze(0), None
-
-
-def _autocast(x: Tensor) -> Tensor:
-    # The rotary embedding leaves queries and keys in float32 under autocast, the values are in the autocast dtype.
-    if torch.is_autocast_enabled(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
 
 
 AttentionInterface.register(ATTENTION_NAME, pruneops_attention)
@@ -230,9 +227,9 @@ def ragged_forward(
     decoding = continues and columns == 1
     if decoding and (inputs_embeds.device.type != "cpu" or attention_mask is None or bool(attention_mask.all())):
         # One new token in every row: nothing to read back. A mask on a device is taken to be 1 for the new tokens.
-        attention_mask = None
-
-    batch = pack(inputs_embeds, attention_mask, position_ids, visual_token_mask, labels, prompt_length)
+        batch = pack_one_token(inputs_embeds, position_ids)
+    else:
+        batch = pack(inputs_embeds, attention_mask, position_ids, visual_token_mask, labels, prompt_length)
     if not decoding:
         trace.restart()
     state = DecoderState(
@@ -261,7 +258,7 @@ def ragged_forward(
         call = AttentionCall(
             packed.cu_seqlens,
             packed.max_seqlen,
-            packed.max_seqlen == 1 and packed.values.shape[0] == batch_size,
+            packed.one_token_a_row,
             cache,
             append,
         )

@@ -8,6 +8,7 @@ and out of the padded world of Hugging Face.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,11 +123,21 @@ class RaggedBatch:
         """``(total,)`` int64: each token's index within its row, as it stands now."""
         return offsets_in_rows(self.cu_seqlens, self.row_ids)
 
+    @property
+    def one_token_a_row(self) -> bool:
+        return self.max_seqlen == 1 and self.values.shape[0] == self.batch_size
+
     def with_values(self, values: Tensor) -> RaggedBatch:
-        return replace(self, values=values)
+        return self._with(values=values)
 
     def with_position_ids(self, position_ids: Tensor) -> RaggedBatch:
-        return replace(self, position_ids=position_ids)
+        return self._with(position_ids=position_ids)
+
+    def _with(self, **changes: Any) -> RaggedBatch:
+        # What dataclasses.replace() does, without its cost: this runs once a layer for every decoded token.
+        batch = object.__new__(RaggedBatch)
+        batch.__dict__.update(self.__dict__, **changes)
+        return batch
 
     def keep_best(self, scores: Tensor, keep: list[list[int]]) -> RaggedBatch:
         """Keep the best-scored tokens of every image, all text, and the order.
@@ -166,8 +177,7 @@ class RaggedBatch:
             protected_counts=protected,
         )
         lengths = [sum(span.length for span in row) for row in spans]
-        return replace(
-            self,
+        return self._with(
             values=kept[0],
             position_ids=kept[1],
             origin=kept[2],
@@ -189,6 +199,8 @@ class RaggedBatch:
           there.
         """
         batch, length = self.entry.padded_shape
+        if self.values.shape[0] == batch * length:
+            return self.values.view(batch, length, -1)
         values, source = self.values, self.entry.source.index_select(0, self.origin)
         for rows, places in (self._bridged_predecessors(), self._padded_last_column()):
             if places.numel():
@@ -315,6 +327,27 @@ def pack(
         spans=spans,
         protect=protect,
         entry=entry,
+    )
+
+
+def pack_one_token(inputs_embeds: Tensor, position_ids: Tensor | None) -> RaggedBatch:
+    """`pack` for a decoding step: ``(batch, 1, hidden)``, one text token in every row, nothing read back."""
+    batch = inputs_embeds.shape[0]
+    device = inputs_embeds.device
+    borders = torch.arange(batch + 1, device=device)
+    rows = borders[:batch]
+    positions = torch.zeros_like(rows) if position_ids is None else position_ids[:, 0].expand(batch)
+    nothing = rows[:0]
+    return RaggedBatch(
+        values=inputs_embeds.reshape(batch, -1),
+        cu_seqlens=borders.to(torch.int32),
+        lengths=[1] * batch,
+        position_ids=positions,
+        origin=rows,
+        row_ids=rows,
+        spans=[[Span(0, 1, 0, 0)]] * batch,
+        protect=None,
+        entry=Entry((batch, 1), rows, list(range(batch + 1)), [[0]] * batch, (nothing, nothing, nothing)),
     )
 
 

@@ -3,9 +3,9 @@
 //
 // Names used throughout:
 //   query head h belongs to key head h / group, group = num_heads_q / num_heads_k
-//   a "row" of a key head's work is one (query, head of its group) pair, row r = query * group + head,
-//   so the heads that share keys are processed against one loaded key tile
-//   limit of a query = number of leading keys of its segment that it sees
+//   a "row" of a key head's work is one (query, head of its group) pair, row r = query * group +
+//   head, so the heads that share keys are processed against one loaded key tile limit of a query =
+//   number of leading keys of its segment that it sees
 
 #pragma once
 
@@ -63,23 +63,23 @@ struct Heads {
 };
 
 struct ForwardParams {
-  RowView q;                // [total_q, num_heads_q, head_dim]
-  RowView k, v;             // [total_k or slots, num_heads_k, head_dim]; v unused without out
-  RowView out;              // [total_q, num_heads_q, head_dim]; data null: only the LSE
-  float* softmax_lse;       // [num_heads_q, lse_stride]
-  int64_t lse_stride;       // total_q
+  RowView q;           // [total_q, num_heads_q, head_dim]
+  RowView k, v;        // [total_k or slots, num_heads_k, head_dim]; v unused without out
+  RowView out;         // [total_q, num_heads_q, head_dim]; data null: only the LSE
+  float* softmax_lse;  // [num_heads_q, lse_stride]
+  int64_t lse_stride;  // total_q
   Heads heads;
   Visibility visibility;
   float softmax_scale;
   const Segment* segments;
-  const Block* blocks;      // rows of a key head; every block is run for each key head
+  const Block* blocks;  // rows of a key head; every block is run for each key head
   int64_t num_blocks;
 };
 
-// The gradient runs in one of two ways. Whole: every block of `row_blocks` is a whole segment, one task
-// per key head computes each probability tile once for dq, dk and dv (5 products a tile). Split:
-// `row_blocks` gives dq and `key_blocks` gives dk and dv in independent tasks (7 products a tile), for
-// batches with fewer segments and heads than threads. Both add in the same order.
+// The gradient runs in one of two ways. Whole: every block of `row_blocks` is a whole segment, one
+// task per key head computes each probability tile once for dq, dk and dv (5 products a tile).
+// Split: `row_blocks` gives dq and `key_blocks` gives dk and dv in independent tasks (7 products a
+// tile), for batches with fewer segments and heads than threads. Both add in the same order.
 struct BackwardParams {
   RowView dout, q, k, v, out;  // as in ForwardParams
   const float* softmax_lse;    // [num_heads_q, lse_stride]
@@ -92,23 +92,23 @@ struct BackwardParams {
   Visibility visibility;
   float softmax_scale;
   const Segment* segments;
-  const Block* row_blocks;     // rows of a key head
+  const Block* row_blocks;  // rows of a key head
   int64_t num_row_blocks;
-  const Block* key_blocks;     // keys; none in the whole form
+  const Block* key_blocks;  // keys; none in the whole form
   int64_t num_key_blocks;
 };
 
 struct DecodeParams {
-  RowView q;              // [batch, num_heads_q, head_dim]
-  RowView k, v;           // slots [batch, capacity, num_heads_k, head_dim]
-  RowView out;            // [batch, num_heads_q, head_dim]
-  float* softmax_lse;     // [num_heads_q, batch]
-  float* scores;          // [batch, capacity] or null
-  float* raw_scores;      // [batch, num_heads_q, capacity] scratch, null without scores
-  float* partial_out;     // [num_splits, batch, num_heads_q, head_dim] scratch
-  float* partial_max;     // [num_splits, batch, num_heads_q] scratch, base-2 logarithms
-  float* partial_sum;     // [num_splits, batch, num_heads_q] scratch
-  const int32_t* lengths; // [batch] keys in use, within [0, capacity]
+  RowView q;               // [batch, num_heads_q, head_dim]
+  RowView k, v;            // slots [batch, capacity, num_heads_k, head_dim]
+  RowView out;             // [batch, num_heads_q, head_dim]
+  float* softmax_lse;      // [num_heads_q, batch]
+  float* scores;           // [batch, capacity] or null
+  float* raw_scores;       // [batch, num_heads_q, capacity] scratch, null without scores
+  float* partial_out;      // [num_splits, batch, num_heads_q, head_dim] scratch
+  float* partial_max;      // [num_splits, batch, num_heads_q] scratch, base-2 logarithms
+  float* partial_sum;      // [num_splits, batch, num_heads_q] scratch
+  const int32_t* lengths;  // [batch] keys in use, within [0, capacity]
   int64_t batch;
   int64_t capacity;
   int64_t num_splits;
@@ -123,9 +123,9 @@ struct ScoreParams {
   RowView k;                 // [total_k, num_heads_k, head_dim]
   const float* softmax_lse;  // [num_heads_q, lse_stride]; unused by direct_scores
   int64_t lse_stride;
-  float* scores;             // [total_k]
-  float* raw_scores;         // direct_scores: [num_heads_q * kDirectQueries, total_k] scratch
-  float* row_lse;            // direct_scores: [num_heads_q, total_q] scratch, base-2 logarithms
+  float* scores;      // [total_k]
+  float* raw_scores;  // direct_scores: [num_heads_q * kDirectQueries, total_k] scratch
+  float* row_lse;     // direct_scores: [num_heads_q, total_q] scratch, base-2 logarithms
   int64_t total_k;
   int64_t total_q;
   Heads heads;
@@ -135,15 +135,16 @@ struct ScoreParams {
   Reduce query_reduce;
   const Segment* segments;
   int64_t num_segments;
-  const Block* blocks;       // keys
+  const Block* blocks;  // keys
   int64_t num_blocks;
 };
 
 // Longest number of query rows a segment may have for direct_scores.
 constexpr int64_t kDirectQueries = 4;
 
-// The kernels of one instruction set. Every kernel runs on up to parallel.num_threads threads, thread
-// t using bytes [t * workspace_bytes, (t + 1) * workspace_bytes) of `workspace`, which is 64-aligned.
+// The kernels of one instruction set. Every kernel runs on up to parallel.num_threads threads,
+// thread t using bytes [t * workspace_bytes, (t + 1) * workspace_bytes) of `workspace`, which is
+// 64-aligned.
 struct AttentionKernels {
   int64_t forward_rows;   // most rows in a forward block
   int64_t backward_rows;  // rows of a backward tile: blocks are best a multiple of it

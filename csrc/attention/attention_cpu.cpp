@@ -9,14 +9,16 @@ namespace pruneops {
 namespace {
 
 // Splits of fixed length make a result independent of the number of threads.
-constexpr int64_t kKeysPerSplit = 1024;
+constexpr int64_t kKeysPerSplit = 256;
 constexpr int64_t kMaxSplits = 256;
 
-std::tuple<Tensor, Tensor> varlen_attention_cpu(
-    const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& cu_seqlens_q,
-    const std::optional<Tensor>& cu_seqlens_k, int64_t /*max_seqlen_q*/, int64_t /*max_seqlen_k*/,
-    bool causal, double softmax_scale, const std::optional<Tensor>& kv_limit,
-    const std::optional<Tensor>& seqused_k) {
+std::tuple<Tensor, Tensor> varlen_attention_cpu(const Tensor& q_in, const Tensor& k_in,
+                                                const Tensor& v_in, const Tensor& cu_seqlens_q,
+                                                const std::optional<Tensor>& cu_seqlens_k,
+                                                int64_t /*max_seqlen_q*/, int64_t /*max_seqlen_k*/,
+                                                bool causal, double softmax_scale,
+                                                const std::optional<Tensor>& kv_limit,
+                                                const std::optional<Tensor>& seqused_k) {
   STD_TORCH_CHECK(cu_seqlens_k.has_value() != seqused_k.has_value(),
                   "exactly one of cu_seqlens_k and seqused_k must be given");
   const int64_t k_dim = seqused_k.has_value() ? 4 : 3;
@@ -109,9 +111,8 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward_cpu(
   const AttentionKernels& kernels = attention_kernels(active_isa());
   const ParallelFor parallel = torch_parallel();
   const Visibility visibility{causal, int_data(limit)};
-  const BackwardBlocks blocks =
-      backward_blocks(segments, heads, visibility, kernels.backward_rows, kernels.backward_keys,
-                      parallel.num_threads);
+  const BackwardBlocks blocks = backward_blocks(segments, heads, visibility, kernels.backward_rows,
+                                                kernels.backward_keys, parallel.num_threads);
   BackwardParams params{};
   params.dout = row_view(dout);
   params.q = row_view(q);
@@ -141,8 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor> decode_attention_cpu(const Tensor& q_in, const Tensor& k_in,
-                                                        const Tensor& v_in,
-                                                        const Tensor& seqused_k,
+                                                        const Tensor& v_in, const Tensor& seqused_k,
                                                         double softmax_scale, int64_t num_splits,
                                                         bool return_scores) {
   const Tensor q = checked_rows(q_in, 3, "q");

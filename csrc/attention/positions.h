@@ -9,8 +9,8 @@
 
 namespace pruneops {
 
-// kv_limit[i] = number of keys of the query's segment whose position is at most the query's own. Key
-// positions ascend within a segment; if they do not, the result is still within [0, k_len].
+// kv_limit[i] = number of keys of the query's segment whose position is at most the query's own.
+// Key positions ascend within a segment; if they do not, the result is still within [0, k_len].
 //   positions_q  [total_q]      positions_k  [total_k]      kv_limit  [total_q]
 template <class Q, class K>
 void kv_limit_from_positions(const Q* positions_q, const K* positions_k,

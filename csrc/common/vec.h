@@ -1,7 +1,7 @@
 // One vector of floats on each instruction set. A per-ISA source file defines exactly one of
-// PRUNEOPS_ISA_{SCALAR,AVX2,AVX512,AVX512BF16} before it includes this header; all code that uses Vec
-// then lives in `pruneops::PRUNEOPS_ISA_NAMESPACE` and an anonymous namespace inside it, so that no
-// function compiled for one ISA can be merged by the linker with its namesake of another.
+// PRUNEOPS_ISA_{SCALAR,AVX2,AVX512,AVX512BF16} before it includes this header; all code that uses
+// Vec then lives in `pruneops::PRUNEOPS_ISA_NAMESPACE` and an anonymous namespace inside it, so
+// that no function compiled for one ISA can be merged by the linker with its namesake of another.
 
 #pragma once
 
@@ -28,8 +28,8 @@
 #error "define one of PRUNEOPS_ISA_{SCALAR,AVX2,AVX512,AVX512BF16} before including vec.h"
 #endif
 
-#if defined(PRUNEOPS_VEC_AVX512) && \
-    !(defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__))
+#if defined(PRUNEOPS_VEC_AVX512) && !(defined(__AVX512F__) && defined(__AVX512BW__) && \
+                                      defined(__AVX512VL__) && defined(__AVX512DQ__))
 #error "this file needs -mavx512f -mavx512bw -mavx512vl -mavx512dq"
 #endif
 #if defined(PRUNEOPS_VEC_AVX2) && !(defined(__AVX2__) && defined(__FMA__) && defined(__F16C__))
@@ -45,10 +45,10 @@
 //   + - *, fma(a, b, c)       a * b + c
 //   vmax(a, b), vmin(a, b)    b where either is NaN, so vmax(limit, x) keeps the NaN of x
 //   round_even(v)
-//   scale_pow2(v, n)          v * 2^n for integral kLowestExponent <= n <= 128; 0 for kLowestExponent
-//   first_lane(v), reduce_max(v), reduce_sum(v)
-//   reduce_sum4(a, b, c, d, out)    the four sums to out[0..3]
-//   transpose_block(src, ld_src, dst, ld_dst, rows)   W x W floats, the first `rows` rows of the result
+//   scale_pow2(v, n)          v * 2^n for integral kLowestExponent <= n <= 128; 0 for
+//   kLowestExponent first_lane(v), reduce_max(v), reduce_sum(v) reduce_sum4(a, b, c, d, out)    the
+//   four sums to out[0..3] transpose_block(src, ld_src, dst, ld_dst, rows)   W x W floats, the
+//   first `rows` rows of the result
 #if defined(PRUNEOPS_VEC_AVX512)
 #include "common/vec_avx512.h"
 #elif defined(PRUNEOPS_VEC_AVX2)

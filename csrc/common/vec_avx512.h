@@ -2,7 +2,8 @@
 
 #pragma once
 
-// The undefined operands inside the intrinsics of GCC 12 set off a warning wherever they are inlined.
+// The undefined operands inside the intrinsics of GCC 12 set off a warning wherever they are
+// inlined.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -88,7 +89,8 @@ PRUNEOPS_INLINE void reduce_sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 }
 
-// Lanes are exchanged at distance 1, 2, 4 and 8 in turn: two interleaves, then two 128-bit shuffles.
+// Lanes are exchanged at distance 1, 2, 4 and 8 in turn: two interleaves, then two 128-bit
+// shuffles.
 PRUNEOPS_INLINE void transpose_block(const float* src, int64_t ld_src, float* dst, int64_t ld_dst,
                                      int64_t rows) {
   __m512 r[16], t[16];

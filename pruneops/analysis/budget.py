@@ -86,9 +86,7 @@ def solve_layers(
     if not 1 <= len(keep_ratios) <= 4:
         raise ValueError(f"keep_ratios must have 1 to 4 entries, got {len(keep_ratios)}")
     if num_hidden_layers <= len(keep_ratios):
-        raise ValueError(
-            f"num_hidden_layers must be above {len(keep_ratios)} stages, got {num_hidden_layers}"
-        )
+        raise ValueError(f"num_hidden_layers must be above {len(keep_ratios)} stages, got {num_hidden_layers}")
     counts = [num_visual_tokens] + [int(num_visual_tokens * ratio) for ratio in keep_ratios]
 
     def rank(layers: tuple[int, ...]) -> tuple[float, int, int]:

@@ -58,9 +58,7 @@ class TextShape:
     @property
     def layer_weights(self) -> int:
         """Matrix weights of one layer: q, k, v, o and the three matrices of the gated MLP."""
-        attention = (
-            2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
-        )
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
         return attention + 3 * self.hidden_size * self.intermediate_size
 
 
@@ -174,9 +172,7 @@ def pyramid_lengths(
 ) -> list[int]:
     """Tokens of one row at every layer under PyramidDrop: ``int(n * ratio)`` visual tokens after a drop."""
     if len(layers) != len(keep_ratios):
-        raise ValueError(
-            f"keep_ratios must have one entry per layer, got {len(keep_ratios)} for {len(layers)} layers"
-        )
+        raise ValueError(f"keep_ratios must have one entry per layer, got {len(keep_ratios)} for {len(layers)} layers")
     stages = dict(zip(layers, keep_ratios, strict=True))
     lengths, visual = [], num_visual_tokens
     for layer in range(num_hidden_layers):

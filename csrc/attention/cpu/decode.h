@@ -1,5 +1,6 @@
-// One new token per sequence against its cache slots. The keys are split into ranges that are worked on
-// independently and combined afterwards, so that one long sequence keeps all threads busy.
+// One new token per sequence against its cache slots. The keys are split into ranges that are
+// worked on independently and combined afterwards, so that one long sequence keeps all threads
+// busy.
 
 #pragma once
 
@@ -13,12 +14,12 @@ namespace PRUNEOPS_ISA_NAMESPACE {
 namespace {
 
 struct DecodeWorkspace {
-  float* q;        // [kDirectRows, padded]
-  float* scores;   // [kDirectRows, kDirectKeys]
-  float* out;      // [kDirectRows, padded]
-  float* staging;  // [kDirectKeys, padded]
-  RowStates state; // of kDirectRows rows
-  int64_t padded;  // head_dim in whole vectors
+  float* q;         // [kDirectRows, padded]
+  float* scores;    // [kDirectRows, kDirectKeys]
+  float* out;       // [kDirectRows, padded]
+  float* staging;   // [kDirectKeys, padded]
+  RowStates state;  // of kDirectRows rows
+  int64_t padded;   // head_dim in whole vectors
 
   DecodeWorkspace(Arena& arena, int64_t head_dim) : padded(round_up(head_dim, kVecWidth)) {
     q = arena.take<float>(kDirectRows * padded);
@@ -31,43 +32,46 @@ struct DecodeWorkspace {
   }
 };
 
-// Unnormalised result of query heads [head, head + rows) over keys [begin, end) of one sequence.
+// Unnormalised result of `count` key heads from head_k on, each with query rows [first_row,
+// first_row + rows) of its group, over keys [begin, end) of one sequence.
 inline void decode_split(const DecodeParams& params, int64_t split, int64_t b, int64_t head_k,
-                         int64_t head, int64_t rows, int64_t begin, int64_t end,
+                         int64_t count, int64_t first_row, int64_t rows, int64_t begin, int64_t end,
                          const DecodeWorkspace& ws) {
   const Heads& heads = params.heads;
   const int64_t head_dim = heads.head_dim;
+  const int64_t head_q = head_k * heads.group + first_row;
+  const int64_t all_rows = count * rows;
   const Scale scale(params.softmax_scale);
   const Rows keys_of = rows_of(params.k, b, 0, head_k, 1);
   const Rows values_of = rows_of(params.v, b, 0, head_k, 1);
-  // The heads are the rows: group = all of them.
-  Pack<FloatOps<float>>::rows(ws.q, ws.padded, rows_of(params.q, 0, b, head, rows), 0, rows,
-                              head_dim);
-  reset(ws.state, rows);
-  for (int64_t i = 0; i < rows * ws.padded; i += kVecWidth) store(ws.out + i, zero());
+  // All rows are heads of one token. With several key heads the whole groups follow each other.
+  Pack<FloatOps<float>>::rows(ws.q, ws.padded, rows_of(params.q, 0, b, head_q, all_rows), 0,
+                              all_rows, head_dim);
+  reset(ws.state, all_rows);
+  for (int64_t i = 0; i < all_rows * ws.padded; i += kVecWidth) store(ws.out + i, zero());
 
   for (int64_t first = begin; first < end; first += kDirectKeys) {
     const int64_t keys = min_of(kDirectKeys, end - first);
     with_direct_tile(keys_of, first, keys, head_dim, ws.staging, [&](const auto& tile) {
-      direct_scores_tile(ws.q, ws.padded, rows, tile, keys, ws.padded, ws.scores, kDirectKeys,
-                         scale.sign, head_dim % kVecWidth == 0 ? (decltype(tile.data))values_of.at(first) : nullptr);
+      direct_scores_tile(ws.q, ws.padded, count, rows, tile, keys, ws.padded, ws.scores,
+                         kDirectKeys, scale.sign);
     });
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < all_rows; ++r) {
       float* s = ws.scores + r * kDirectKeys;
       if (params.raw_scores != nullptr) {
-        memcpy(params.raw_scores + (b * heads.num_heads_q + head + r) * params.capacity + first, s,
-               static_cast<size_t>(keys) * sizeof(float));
+        memcpy(params.raw_scores + (b * heads.num_heads_q + head_q + r) * params.capacity + first,
+               s, static_cast<size_t>(keys) * sizeof(float));
       }
       online_softmax(s, keys, 0, scale, s, ws.state, r);
     }
     with_direct_tile(values_of, first, keys, head_dim, ws.staging, [&](const auto& tile) {
-      direct_values_tile(ws.scores, kDirectKeys, rows, tile, keys, ws.padded, ws.out, ws.padded,
-                         ws.state.alpha);
+      direct_values_tile(ws.scores, kDirectKeys, count, rows, tile, keys, ws.padded, ws.out,
+                         ws.padded, ws.state.alpha);
     });
   }
 
-  const int64_t result = (split * params.batch + b) * heads.num_heads_q + head;
-  for (int64_t r = 0; r < rows; ++r) {
+  const int64_t result = (split * params.batch + b) * heads.num_heads_q + head_q;
+  for (int64_t r = 0; r < all_rows; ++r) {
     memcpy(params.partial_out + (result + r) * head_dim, ws.out + r * ws.padded,
            static_cast<size_t>(head_dim) * sizeof(float));
     params.partial_max[result + r] = ws.state.max[r];
@@ -134,25 +138,33 @@ inline void decode(const DecodeParams& params, const ParallelFor& parallel, char
   const Heads& heads = params.heads;
   const int64_t bytes = decode_workspace_bytes(heads.head_dim);
   const int64_t splits = params.num_splits;
-  run_tasks(parallel, params.batch * splits * heads.num_heads_k, workspace, bytes,
+  const int64_t together = heads_together(params.k, heads, heads.group);
+  const int64_t parts = (heads.num_heads_k + together - 1) / together;
+  run_tasks(parallel, params.batch * splits * parts, workspace, bytes,
             [&](int64_t task, char* base) {
               Arena arena(base);
               const DecodeWorkspace ws(arena, heads.head_dim);
-              const int64_t head_k = task % heads.num_heads_k;
-              const int64_t split = task / heads.num_heads_k % splits;
-              const int64_t b = task / heads.num_heads_k / splits;
+              const int64_t head_k = task % parts * together;
+              const int64_t split = task / parts % splits;
+              const int64_t b = task / parts / splits;
               const int64_t length = params.lengths[b];
+              const int64_t count = min_of(together, heads.num_heads_k - head_k);
               // Whole tiles a split, so that the order of additions depends on num_splits only.
-              const int64_t per_split =
-                  round_up((length + splits - 1) / splits, kDirectKeys);
+              const int64_t per_split = round_up((length + splits - 1) / splits, kDirectKeys);
               const int64_t begin = min_of(split * per_split, length);
               const int64_t end = min_of(begin + per_split, length);
-              for (int64_t h = 0; h < heads.group; h += kDirectRows) {
-                decode_split(params, split, b, head_k, head_k * heads.group + h,
-                             min_of(kDirectRows, heads.group - h), begin, end, ws);
+              for (int64_t row = 0; row < heads.group; row += kDirectRows) {
+                decode_split(params, split, b, head_k, count, row,
+                             min_of(kDirectRows, heads.group - row), begin, end, ws);
               }
             });
-  run_tasks(parallel, params.batch * heads.num_heads_q, workspace, bytes,
+  // Combining is little work; a second pass over the pool pays only for many partial results.
+  ParallelFor combine = parallel;
+  constexpr int64_t kSerialElements = 1 << 16;
+  if (params.batch * splits * heads.num_heads_q * heads.head_dim <= kSerialElements) {
+    combine.num_threads = 1;
+  }
+  run_tasks(combine, params.batch * heads.num_heads_q, workspace, bytes,
             [&](int64_t task, char* base) {
               decode_combine(params, task / heads.num_heads_q, task % heads.num_heads_q,
                              reinterpret_cast<float*>(base));

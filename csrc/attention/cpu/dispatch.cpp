@@ -26,15 +26,19 @@ extern const AttentionKernels kAttentionKernels;
 const AttentionKernels& attention_kernels(Isa isa) {
   switch (isa) {
 #if defined(PRUNEOPS_HAVE_AVX512BF16)
-    case Isa::kAvx512Bf16: return avx512bf16::kAttentionKernels;
+    case Isa::kAvx512Bf16:
+      return avx512bf16::kAttentionKernels;
 #endif
 #if defined(PRUNEOPS_HAVE_AVX512)
-    case Isa::kAvx512: return avx512::kAttentionKernels;
+    case Isa::kAvx512:
+      return avx512::kAttentionKernels;
 #endif
 #if defined(PRUNEOPS_HAVE_AVX2)
-    case Isa::kAvx2: return avx2::kAttentionKernels;
+    case Isa::kAvx2:
+      return avx2::kAttentionKernels;
 #endif
-    default: return scalar::kAttentionKernels;
+    default:
+      return scalar::kAttentionKernels;
   }
 }
 

@@ -1,5 +1,6 @@
-// Attention backward. With P = exp(S - LSE), delta = rowsum(dO * O) - dLSE and dS = P * (dO V^T - delta):
-// dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K. P is recomputed tile by tile and never stored.
+// Attention backward. With P = exp(S - LSE), delta = rowsum(dO * O) - dLSE and dS = P * (dO V^T -
+// delta): dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K. P is recomputed tile by tile and never
+// stored.
 
 #pragma once
 
@@ -23,17 +24,17 @@ struct BackwardWorkspace {
   float* q_panels;  // panels: [kGradRows, padded]
   float* dout;      // [kGradRows, padded]
   float* dout_panels;
-  float* k_t;       // panels, transposed: [padded, kGradKeys]
+  float* k_t;  // panels, transposed: [padded, kGradKeys]
   float* v_t;
   float* k_panels;  // panels: [kGradKeys, padded]
   float* p;         // [kGradRows, kGradKeys]
   float* ds;        // [kGradRows, kGradKeys]
   float* dk;        // [kGradKeys, padded]
   float* dv;
-  float* lse;       // [kGradRows] base-2 logarithms
-  float* staging;   // [kVecWidth, padded]
-  int32_t* limit;   // [kGradRows]
-  int64_t padded;   // head_dim in whole vectors
+  float* lse;      // [kGradRows] base-2 logarithms
+  float* staging;  // [kVecWidth, padded]
+  int32_t* limit;  // [kGradRows]
+  int64_t padded;  // head_dim in whole vectors
 
   BackwardWorkspace(Arena& arena, int64_t head_dim) : padded(round_up(head_dim, kVecWidth)) {
     q = arena.take<float>(kGradRows * padded);
@@ -204,8 +205,8 @@ inline void add_key_gradients(const BackwardParams& params, int64_t rows, int64_
 
 // dk and dv of keys [first_key, first_key + keys), and, where dq is given, those keys' part of dq.
 //   dq  [rows of the key head, padded] fp32 or null
-inline void key_block_gradients(const BackwardParams& params, const Segment& segment, int64_t head_k,
-                                int64_t first_key, int64_t keys, float* dq,
+inline void key_block_gradients(const BackwardParams& params, const Segment& segment,
+                                int64_t head_k, int64_t first_key, int64_t keys, float* dq,
                                 const BackwardWorkspace& ws) {
   const Heads& heads = params.heads;
   const int64_t total_rows = segment.q_len * heads.group;
@@ -311,8 +312,8 @@ inline void backward(const BackwardParams& params, const ParallelFor& parallel, 
     }
     const Block& block = params.row_blocks[(task - key_tasks) / heads_k];
     const Segment& segment = params.segments[block.segment];
-    float* dq = params.dq_accumulator +
-                (scratch_row(params, segment, head_k) + block.begin) * ws.padded;
+    float* dq =
+        params.dq_accumulator + (scratch_row(params, segment, head_k) + block.begin) * ws.padded;
     if (key_tasks == 0) {
       segment_gradients(params, segment, head_k, dq, ws);
     } else {

@@ -1,5 +1,5 @@
-// Attention forward: blocks of query rows against tiles of keys with an online softmax. One task is one
-// block of rows of one key head; the heads of a group share each packed key tile.
+// Attention forward: blocks of query rows against tiles of keys with an online softmax. One task is
+// one block of rows of one key head; the heads of a group share each packed key tile.
 
 #pragma once
 
@@ -17,21 +17,24 @@ namespace {
 constexpr int64_t kQueryBlockRows = 288;  // rows that share one packing of a key tile
 constexpr int64_t kSubRows = 48;          // rows whose scores stay in the first-level cache
 constexpr int64_t kTileKeys = 128;        // keys in a tile
+constexpr int64_t kFewRows = 32;          // segments up to here do without packed tiles
 constexpr int64_t kSubGroups = kSubRows / kMicroRows;
 static_assert(kSubRows % kMicroRows == 0 && kQueryBlockRows % kSubRows == 0, "whole row groups");
+static_assert(kFewRows <= kDirectRows && kDirectRows <= kQueryBlockRows, "direct rows fit as well");
+static_assert(kTileKeys * kSubRows >= kDirectKeys * kDirectRows, "direct scores fit as well");
 static_assert(kTileKeys % (kVecWidth * 2) == 0, "whole vectors and pairs");
 
 struct ForwardWorkspace {
-  float* q;           // [kQueryBlockRows, padded]; pairs use half of each array below
-  float* k;           // panels of one tile: [padded, kTileKeys]
-  float* v;           // panels of one tile: [kTileKeys, padded]
-  float* scores;      // [kSubRows, kTileKeys]
-  float* weights;     // [kSubRows, kTileKeys / 2] bf16 pairs
-  float* out;         // [kQueryBlockRows, padded]
-  float* staging;     // [max(kVecWidth, kDirectKeys), padded]
-  int32_t* limit;     // [kQueryBlockRows]
-  RowStates state;    // of kQueryBlockRows rows
-  int64_t padded;     // head_dim in whole vectors
+  float* q;         // [kQueryBlockRows, padded]; pairs use half of each array below
+  float* k;         // panels of one tile: [padded, kTileKeys]
+  float* v;         // panels of one tile: [kTileKeys, padded]
+  float* scores;    // [kSubRows, kTileKeys]
+  float* weights;   // [kSubRows, kTileKeys / 2] bf16 pairs
+  float* out;       // [kQueryBlockRows, padded]
+  float* staging;   // [max(kVecWidth, kDirectKeys), padded]
+  int32_t* limit;   // [kQueryBlockRows]
+  RowStates state;  // of kQueryBlockRows rows
+  int64_t padded;   // head_dim in whole vectors
 
   ForwardWorkspace(Arena& arena, int64_t head_dim) : padded(round_up(head_dim, kVecWidth)) {
     q = arena.take<float>(kQueryBlockRows * padded);
@@ -47,6 +50,11 @@ struct ForwardWorkspace {
     state.alpha = arena.take<float>(kQueryBlockRows);
   }
 };
+
+// Decided by the segment, not the block: how rows are cut into blocks must not show in the result.
+PRUNEOPS_INLINE bool has_few_rows(const Segment& segment, const Heads& heads) {
+  return segment.q_len * heads.group <= kFewRows;
+}
 
 // Scores of the sub-block to weights in the element type of the product with the values.
 PRUNEOPS_INLINE void softmax_rows(const ForwardWorkspace& ws, FloatOps<float>, const Scale& scale,
@@ -70,9 +78,9 @@ PRUNEOPS_INLINE void softmax_rows(const ForwardWorkspace& ws, PairOps, const Sca
                                   const int32_t* visible) {
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t keys = visible[r / kMicroRows];
-    online_softmax(ws.scores + r * kTileKeys,
-                   min_of<int64_t>(ws.limit[row + r] - first_key, keys), round_up(keys, kVecWidth),
-                   scale, reinterpret_cast<BFloat16*>(ws.weights) + r * kTileKeys, ws.state, row + r);
+    online_softmax(ws.scores + r * kTileKeys, min_of<int64_t>(ws.limit[row + r] - first_key, keys),
+                   round_up(keys, kVecWidth), scale,
+                   reinterpret_cast<BFloat16*>(ws.weights) + r * kTileKeys, ws.state, row + r);
   }
 }
 
@@ -81,7 +89,8 @@ PRUNEOPS_INLINE const uint32_t* weights_of(const ForwardWorkspace& ws, PairOps) 
 }
 #endif
 
-// Rows [block.begin, block.end) against all visible keys, in tiles that are packed once for all rows.
+// Rows [block.begin, block.end) against all visible keys, in tiles that are packed once for all
+// rows.
 template <class Ops>
 void forward_tiles(const ForwardParams& params, const Block& block, int64_t head_k,
                    const ForwardWorkspace& ws, int64_t visible_keys) {
@@ -100,7 +109,8 @@ void forward_tiles(const ForwardParams& params, const Block& block, int64_t head
   B* v = reinterpret_cast<B*>(ws.v);
   const Rows keys_of = key_rows(params.k, segment, head_k);
   const Rows values_of = key_rows(params.v, segment, head_k);
-  Pack<Ops>::rows(q, ld_q, query_rows(params.q, segment, heads, head_k), block.begin, rows, head_dim);
+  Pack<Ops>::rows(q, ld_q, query_rows(params.q, segment, heads, head_k), block.begin, rows,
+                  head_dim);
 
   for (int64_t first = 0; first < visible_keys; first += kTileKeys) {
     const int64_t keys = min_of(kTileKeys, visible_keys - first);
@@ -146,9 +156,10 @@ void forward_tiles(const ForwardParams& params, const Block& block, int64_t head
   }
 }
 
-// The same for at most kDirectRows rows, reading keys and values in place.
+// The same for few rows, reading keys and values in place, for `count` key heads from head_k on.
+// The rows of the heads follow each other.
 inline void forward_direct(const ForwardParams& params, const Block& block, int64_t head_k,
-                           const ForwardWorkspace& ws, int64_t visible_keys) {
+                           int64_t count, const ForwardWorkspace& ws, int64_t visible_keys) {
   const Segment& segment = params.segments[block.segment];
   const Heads& heads = params.heads;
   const int64_t rows = block.end - block.begin;
@@ -156,39 +167,62 @@ inline void forward_direct(const ForwardParams& params, const Block& block, int6
   const Scale scale(params.softmax_scale);
   const Rows keys_of = key_rows(params.k, segment, head_k);
   const Rows values_of = key_rows(params.v, segment, head_k);
-  Pack<FloatOps<float>>::rows(ws.q, padded, query_rows(params.q, segment, heads, head_k),
-                              block.begin, rows, heads.head_dim);
+  for (int64_t h = 0; h < count; ++h) {
+    Pack<FloatOps<float>>::rows(ws.q + h * rows * padded, padded,
+                                query_rows(params.q, segment, heads, head_k + h), block.begin, rows,
+                                heads.head_dim);
+  }
   for (int64_t first = 0; first < visible_keys; first += kDirectKeys) {
     const int64_t keys = min_of(kDirectKeys, visible_keys - first);
     with_direct_tile(keys_of, first, keys, heads.head_dim, ws.staging, [&](const auto& tile) {
-      direct_scores_tile(ws.q, padded, rows, tile, keys, padded, ws.scores, kTileKeys,
+      direct_scores_tile(ws.q, padded, count, rows, tile, keys, padded, ws.scores, kDirectKeys,
                          scale.sign);
     });
-    for (int64_t r = 0; r < rows; ++r) {
-      float* s = ws.scores + r * kTileKeys;
-      online_softmax(s, min_of<int64_t>(ws.limit[r] - first, keys), round_up(keys, kVecWidth), scale,
-                     s, ws.state, r);
+    for (int64_t r = 0; r < count * rows; ++r) {
+      float* s = ws.scores + r * kDirectKeys;
+      online_softmax(s, min_of<int64_t>(ws.limit[r % rows] - first, keys),
+                     round_up(keys, kVecWidth), scale, s, ws.state, r);
     }
     if (params.out.data == nullptr) continue;
     with_direct_tile(values_of, first, keys, heads.head_dim, ws.staging, [&](const auto& tile) {
-      direct_values_tile(ws.scores, kTileKeys, rows, tile, keys, padded, ws.out, padded,
+      direct_values_tile(ws.scores, kDirectKeys, count, rows, tile, keys, padded, ws.out, padded,
                          ws.state.alpha);
     });
   }
 }
 
+// Normalises the block's rows of one key head, whose state and sums begin at row `row`, and writes
+// them.
+inline void finish_rows(const ForwardParams& params, const Block& block, int64_t head_k,
+                        int64_t row, const ForwardWorkspace& ws) {
+  const Segment& segment = params.segments[block.segment];
+  const Heads& heads = params.heads;
+  const Rows out = query_rows(params.out, segment, heads, head_k);
+  for (int64_t r = block.begin; r < block.end; ++r, ++row) {
+    const float sum = reduce_sum(load(ws.state.sum + row * kVecWidth));
+    const int64_t head = head_k * heads.group + r % heads.group;
+    params.softmax_lse[head * params.lse_stride + segment.q_begin + r / heads.group] =
+        natural_lse(ws.state.max[row], sum);
+    if (params.out.data != nullptr) {
+      store_row(out.at(r), out.type, ws.out + row * ws.padded, heads.head_dim,
+                sum == 0.0f ? 0.0f : 1.0f / sum);
+    }
+  }
+}
+
+// `count` key heads from head_k on; more than one only for a segment of few rows.
 inline void forward_block(const ForwardParams& params, const Block& block, int64_t head_k,
-                          const ForwardWorkspace& ws) {
+                          int64_t count, const ForwardWorkspace& ws) {
   const Segment& segment = params.segments[block.segment];
   const Heads& heads = params.heads;
   const int64_t rows = block.end - block.begin;
   const int64_t visible_keys =
       row_limits(params.visibility, segment, heads.group, block.begin, rows, ws.limit);
-  reset(ws.state, rows);
-  for (int64_t i = 0; i < rows * ws.padded; i += kVecWidth) store(ws.out + i, zero());
+  reset(ws.state, count * rows);
+  for (int64_t i = 0; i < count * rows * ws.padded; i += kVecWidth) store(ws.out + i, zero());
 
-  if (rows <= kDirectRows) {
-    forward_direct(params, block, head_k, ws, visible_keys);
+  if (has_few_rows(segment, heads)) {
+    forward_direct(params, block, head_k, count, ws, visible_keys);
 #if defined(PRUNEOPS_ISA_AVX512BF16)
   } else if (params.q.type == FloatType::kBFloat16) {
     forward_tiles<PairOps>(params, block, head_k, ws, visible_keys);
@@ -196,19 +230,7 @@ inline void forward_block(const ForwardParams& params, const Block& block, int64
   } else {
     forward_tiles<FloatOps<float>>(params, block, head_k, ws, visible_keys);
   }
-
-  const Rows out = query_rows(params.out, segment, heads, head_k);
-  for (int64_t r = 0; r < rows; ++r) {
-    const float sum = reduce_sum(load(ws.state.sum + r * kVecWidth));
-    const int64_t query = (block.begin + r) / heads.group;
-    const int64_t head = head_k * heads.group + (block.begin + r) % heads.group;
-    params.softmax_lse[head * params.lse_stride + segment.q_begin + query] =
-        natural_lse(ws.state.max[r], sum);
-    if (params.out.data != nullptr) {
-      store_row(out.at(block.begin + r), out.type, ws.out + r * ws.padded, heads.head_dim,
-                sum == 0.0f ? 0.0f : 1.0f / sum);
-    }
-  }
+  for (int64_t h = 0; h < count; ++h) finish_rows(params, block, head_k + h, h * rows, ws);
 }
 
 inline int64_t forward_workspace_bytes(int64_t head_dim) {
@@ -218,12 +240,23 @@ inline int64_t forward_workspace_bytes(int64_t head_dim) {
 }
 
 inline void forward(const ForwardParams& params, const ParallelFor& parallel, char* workspace) {
-  const int64_t bytes = forward_workspace_bytes(params.heads.head_dim);
-  const int64_t heads_k = params.heads.num_heads_k;
-  run_tasks(parallel, params.num_blocks * heads_k, workspace, bytes, [&](int64_t task, char* base) {
+  const Heads& heads = params.heads;
+  const int64_t bytes = forward_workspace_bytes(heads.head_dim);
+  const int64_t heads_k = heads.num_heads_k;
+  const int64_t tasks = params.num_blocks * heads_k;
+  // Heads that are worked on together must leave enough tasks for the threads.
+  const int64_t most_together = max_of<int64_t>(tasks / (2 * max_of(parallel.num_threads, 1)), 1);
+  run_tasks(parallel, tasks, workspace, bytes, [&](int64_t task, char* base) {
+    const Block& block = params.blocks[task / heads_k];
+    const int64_t head_k = task % heads_k;
+    int64_t together = 1;
+    if (has_few_rows(params.segments[block.segment], heads)) {
+      together = min_of(heads_together(params.k, heads, block.end - block.begin), most_together);
+      if (head_k % together != 0) return;
+    }
     Arena arena(base);
-    const ForwardWorkspace ws(arena, params.heads.head_dim);
-    forward_block(params, params.blocks[task / heads_k], task % heads_k, ws);
+    const ForwardWorkspace ws(arena, heads.head_dim);
+    forward_block(params, block, head_k, min_of(together, heads_k - head_k), ws);
   });
 }
 

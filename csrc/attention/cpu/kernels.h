@@ -21,8 +21,8 @@ int64_t workspace_bytes(const Heads& heads) {
 
 extern const AttentionKernels kAttentionKernels;
 const AttentionKernels kAttentionKernels = {
-    kQueryBlockRows, kGradRows, kGradKeys, kScoreKeys, workspace_bytes, forward,
-    backward,        decode,    direct_scores, column_scores,
+    kQueryBlockRows, kGradRows, kGradKeys, kScoreKeys,    workspace_bytes,
+    forward,         backward,  decode,    direct_scores, column_scores,
 };
 
 }  // namespace PRUNEOPS_ISA_NAMESPACE

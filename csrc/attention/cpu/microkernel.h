@@ -1,6 +1,6 @@
-// Matrix products on packed tiles. The left matrix A is read one element at a time and broadcast, the
-// right matrix B is stored in panels of a few vectors, [panel][depth][panel columns], and a block of C
-// stays in registers while the depth runs.
+// Matrix products on packed tiles. The left matrix A is read one element at a time and broadcast,
+// the right matrix B is stored in panels of a few vectors, [panel][depth][panel columns], and a
+// block of C stays in registers while the depth runs.
 
 #pragma once
 
@@ -10,8 +10,8 @@ namespace pruneops {
 namespace PRUNEOPS_ISA_NAMESPACE {
 namespace {
 
-// Block of C held in registers: kMicroRows x kMicroVectors accumulators, plus the vectors of one B row
-// and a broadcast.
+// Block of C held in registers: kMicroRows x kMicroVectors accumulators, plus the vectors of one B
+// row and a broadcast.
 #if defined(PRUNEOPS_VEC_AVX512)
 constexpr int kMicroRows = 6;
 constexpr int kMicroVectors = 4;
@@ -47,7 +47,8 @@ struct FloatOps {  // depth step = one index; B may be bf16 or fp16 and is widen
 };
 
 #if defined(PRUNEOPS_ISA_AVX512BF16)
-struct PairOps {  // depth step = two indices: each 32-bit element holds two neighbouring bf16 values
+struct PairOps {  // depth step = two indices: each 32-bit element holds two neighbouring bf16
+                  // values
   using A = uint32_t;
   using B = uint32_t;
   using Loaded = __m512bh;
@@ -108,17 +109,21 @@ void micro_block(int64_t depth, const typename Ops::A* a, int64_t lda, const typ
 }
 
 template <class Ops, int kRows, Update kUpdate, bool kTransA>
-PRUNEOPS_INLINE void micro_row(int64_t vectors, int64_t depth, const typename Ops::A* a, int64_t lda,
-                               const typename Ops::B* b, int64_t ldb, float* c, int64_t ldc,
-                               float scale, const float* alpha) {
+PRUNEOPS_INLINE void micro_row(int64_t vectors, int64_t depth, const typename Ops::A* a,
+                               int64_t lda, const typename Ops::B* b, int64_t ldb, float* c,
+                               int64_t ldc, float scale, const float* alpha) {
 #define PRUNEOPS_MICRO(V)                                                                        \
   micro_block<Ops, kRows, (V <= kMicroVectors ? V : 1), kUpdate, kTransA>(depth, a, lda, b, ldb, \
                                                                           c, ldc, scale, alpha)
   switch (vectors) {
-    case 1: return PRUNEOPS_MICRO(1);
-    case 2: return PRUNEOPS_MICRO(2);
-    case 3: return PRUNEOPS_MICRO(3);
-    default: return PRUNEOPS_MICRO(4);
+    case 1:
+      return PRUNEOPS_MICRO(1);
+    case 2:
+      return PRUNEOPS_MICRO(2);
+    case 3:
+      return PRUNEOPS_MICRO(3);
+    default:
+      return PRUNEOPS_MICRO(4);
   }
 #undef PRUNEOPS_MICRO
 }
@@ -126,24 +131,30 @@ PRUNEOPS_INLINE void micro_row(int64_t vectors, int64_t depth, const typename Op
 // A register block of any size up to kMicroRows x kMicroVectors.
 template <class Ops, Update kUpdate, bool kTransA>
 PRUNEOPS_INLINE void micro(int64_t rows, int64_t vectors, int64_t depth, const typename Ops::A* a,
-                           int64_t lda, const typename Ops::B* b, int64_t ldb, float* c, int64_t ldc,
-                           float scale, const float* alpha) {
-#define PRUNEOPS_MICRO(R)                                                                           \
-  micro_row<Ops, (R <= kMicroRows ? R : 1), kUpdate, kTransA>(vectors, depth, a, lda, b, ldb, c, ldc, \
-                                                              scale, alpha)
+                           int64_t lda, const typename Ops::B* b, int64_t ldb, float* c,
+                           int64_t ldc, float scale, const float* alpha) {
+#define PRUNEOPS_MICRO(R)                                                                        \
+  micro_row<Ops, (R <= kMicroRows ? R : 1), kUpdate, kTransA>(vectors, depth, a, lda, b, ldb, c, \
+                                                              ldc, scale, alpha)
   switch (rows) {
-    case 1: return PRUNEOPS_MICRO(1);
-    case 2: return PRUNEOPS_MICRO(2);
-    case 3: return PRUNEOPS_MICRO(3);
-    case 4: return PRUNEOPS_MICRO(4);
-    case 5: return PRUNEOPS_MICRO(5);
-    default: return PRUNEOPS_MICRO(6);
+    case 1:
+      return PRUNEOPS_MICRO(1);
+    case 2:
+      return PRUNEOPS_MICRO(2);
+    case 3:
+      return PRUNEOPS_MICRO(3);
+    case 4:
+      return PRUNEOPS_MICRO(4);
+    case 5:
+      return PRUNEOPS_MICRO(5);
+    default:
+      return PRUNEOPS_MICRO(6);
   }
 #undef PRUNEOPS_MICRO
 }
 
-// C [rows, cols] from A [rows, depth] and B packed with Panels(cols). The optional arrays hold one entry
-// for each group of kMicroRows rows of C and leave out work that is known to be masked.
+// C [rows, cols] from A [rows, depth] and B packed with Panels(cols). The optional arrays hold one
+// entry for each group of kMicroRows rows of C and leave out work that is known to be masked.
 template <class Ops>
 struct Product {
   const typename Ops::A* a;

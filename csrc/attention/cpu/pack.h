@@ -1,5 +1,5 @@
-// Reading rows of any dtype and stride into the tiles that microkernel.h multiplies, and writing rows
-// back. Rows are converted here and nowhere else, so the rest of the code knows no dtypes.
+// Reading rows of any dtype and stride into the tiles that microkernel.h multiplies, and writing
+// rows back. Rows are converted here and nowhere else, so the rest of the code knows no dtypes.
 
 #pragma once
 
@@ -154,7 +154,8 @@ struct Pack<PairOps> {
 
   static PRUNEOPS_INLINE void copy(uint32_t* dst, const char* src, int64_t head_dim, int64_t ld) {
     memcpy(dst, src, static_cast<size_t>(head_dim) * 2);
-    memset(reinterpret_cast<char*>(dst) + head_dim * 2, 0, static_cast<size_t>(ld * 4 - head_dim * 2));
+    memset(reinterpret_cast<char*>(dst) + head_dim * 2, 0,
+           static_cast<size_t>(ld * 4 - head_dim * 2));
   }
 
   static void rows(uint32_t* dst, int64_t ld, const Rows& src, int64_t first, int64_t count,

@@ -15,7 +15,8 @@ int64_t visible_keys(const Segment& segment, const Visibility& visibility, int64
   return std::clamp<int64_t>(segment.k_len - segment.q_len + query + 1, 0, segment.k_len);
 }
 
-// Cuts [0, length) of a segment into pieces of nearly equal size, each a multiple of `step` but the last.
+// Cuts [0, length) of a segment into pieces of nearly equal size, each a multiple of `step` but the
+// last.
 void append_blocks(std::vector<Block>& blocks, int64_t segment, int64_t length, int64_t most,
                    int64_t step) {
   if (length == 0) return;
@@ -67,8 +68,7 @@ std::vector<Segment> slot_segments(const int32_t* cu_seqlens_q, const int32_t* s
 }
 
 std::vector<Block> forward_blocks(const std::vector<Segment>& segments, const Heads& heads,
-                                  const Visibility& visibility, int64_t max_rows,
-                                  int num_threads) {
+                                  const Visibility& visibility, int64_t max_rows, int num_threads) {
   int64_t total = 0;
   for (const Segment& s : segments) total += s.q_len * heads.group;
   constexpr int64_t kSmallestRows = 36;
@@ -96,8 +96,8 @@ BackwardBlocks backward_blocks(const std::vector<Segment>& segments, const Heads
     largest = std::max(largest, cost);
     result.rows.push_back({static_cast<int64_t>(b), 0, segments[b].q_len * heads.group});
   }
-  // Time is the longest task or an even share of all, whichever is more; a tile costs 5 products in the
-  // whole form and 7 in the split one, whose tasks are small.
+  // Time is the longest task or an even share of all, whichever is more; a tile costs 5 products in
+  // the whole form and 7 in the split one, whose tasks are small.
   const bool whole = 5 * largest * num_threads <= 7 * total;
   if (whole) {
     sort_longest_first(result.rows, [&](const Block& block) {

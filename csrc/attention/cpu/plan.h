@@ -19,8 +19,8 @@ std::vector<Segment> packed_segments(const int32_t* cu_seqlens_q, const int32_t*
 std::vector<Segment> slot_segments(const int32_t* cu_seqlens_q, const int32_t* seqused_k,
                                    int64_t batch, int64_t total_q, int64_t capacity);
 
-// Blocks of the rows of a key head (queries x group), each of at most max_rows. They are made smaller
-// when there would be too few for the threads; that changes no result.
+// Blocks of the rows of a key head (queries x group), each of at most max_rows. They are made
+// smaller when there would be too few for the threads; that changes no result.
 std::vector<Block> forward_blocks(const std::vector<Segment>& segments, const Heads& heads,
                                   const Visibility& visibility, int64_t max_rows, int num_threads);
 

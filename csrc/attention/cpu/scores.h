@@ -1,5 +1,5 @@
-// How much attention each key receives. Heads are reduced first, then query rows; probabilities exist
-// only in tiles.
+// How much attention each key receives. Heads are reduced first, then query rows; probabilities
+// exist only in tiles.
 
 #pragma once
 
@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kScoreRows = 96;  // queries in a tile
 constexpr int64_t kScoreKeys = 64;  // keys in a tile
+static_assert(kScoreRows >= kDirectRows && kScoreKeys >= kDirectKeys, "direct tiles fit as well");
 
 struct ScoreWorkspace {
   float* q;        // [kScoreRows, padded]
@@ -38,11 +39,32 @@ struct ScoreWorkspace {
   }
 };
 
-// accumulated = accumulated op value, op being sum or max. Probabilities are not negative, so both start
-// at 0. A NaN wins over any number.
+// Sum or max of two vectors of probabilities. They are not negative, so both reductions start at 0.
+// A NaN wins over any number.
+PRUNEOPS_INLINE Vec combine(Reduce reduce, Vec a, Vec b) {
+  return reduce == Reduce::kMax ? vmax(a, b) : a + b;
+}
+
 PRUNEOPS_INLINE void reduce_into(Reduce reduce, float* accumulated, Vec value) {
-  const Vec before = load(accumulated);
-  store(accumulated, reduce == Reduce::kMax ? vmax(before, value) : before + value);
+  store(accumulated, combine(reduce, load(accumulated), value));
+}
+
+// column = column op rows [count, kScoreKeys]. Groups of rows are reduced first: one running sum
+// over thousands of rows would lose digits that torch's pairwise sums keep.
+PRUNEOPS_INLINE void reduce_rows(Reduce reduce, float* column, const float* rows, int64_t count,
+                                 int64_t padded_keys) {
+  constexpr int64_t kGroup = 8;
+  for (int64_t j = 0; j < padded_keys; j += kVecWidth) {
+    Vec total = zero();
+    for (int64_t first = 0; first < count; first += kGroup) {
+      Vec group = zero();
+      for (int64_t r = first; r < min_of(first + kGroup, count); ++r) {
+        group = combine(reduce, group, load(rows + r * kScoreKeys + j));
+      }
+      total = combine(reduce, total, group);
+    }
+    reduce_into(reduce, column + j, total);
+  }
 }
 
 PRUNEOPS_INLINE float mean_factor(Reduce reduce, int64_t count) {
@@ -71,9 +93,8 @@ inline void score_key_tile(const ScoreParams& params, const Segment& segment, in
         Pack<FloatOps<float>>::transposed(ws.k, key_rows(params.k, segment, head / heads.group),
                                           begin, keys, head_dim, ws.staging);
       }
-      Pack<FloatOps<float>>::rows(ws.q, ws.padded,
-                                  rows_of(params.q, 0, segment.q_begin, head, 1), first, rows,
-                                  head_dim);
+      Pack<FloatOps<float>>::rows(ws.q, ws.padded, rows_of(params.q, 0, segment.q_begin, head, 1),
+                                  first, rows, head_dim);
       Product<FloatOps<float>> product;
       product.a = ws.q;
       product.lda = ws.padded;
@@ -100,11 +121,7 @@ inline void score_key_tile(const ScoreParams& params, const Segment& segment, in
         }
       }
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = 0; j < padded_keys; j += kVecWidth) {
-        reduce_into(params.query_reduce, ws.column + j, load(ws.reduced + r * kScoreKeys + j));
-      }
-    }
+    reduce_rows(params.query_reduce, ws.column, ws.reduced, rows, padded_keys);
   }
   const float factor = mean_factor(params.head_reduce, heads.num_heads_q) *
                        mean_factor(params.query_reduce, segment.q_len);
@@ -136,29 +153,31 @@ PRUNEOPS_INLINE float* raw_row(const ScoreParams& params, int64_t query, int64_t
   return params.raw_scores + (head * kDirectQueries + query) * params.total_k;
 }
 
-// Raw scores of the block's keys with all query rows of one key head.
+// Raw scores of the block's keys with the query rows of `count` key heads from head_k on.
 inline void direct_raw_scores(const ScoreParams& params, const Block& block, int64_t head_k,
-                              const ScoreWorkspace& ws) {
+                              int64_t count, const ScoreWorkspace& ws) {
   const Segment& segment = params.segments[block.segment];
   const Heads& heads = params.heads;
-  const int64_t total_rows = segment.q_len * heads.group;
-  const Rows queries = query_rows(params.q, segment, heads, head_k);
-  const Rows keys_of = key_rows(params.k, segment, head_k);
+  const Rows keys_of = rows_of(params.k, 0, segment.k_begin, head_k, 1);
   const Scale scale(params.softmax_scale);
-  for (int64_t row = 0; row < total_rows; row += kDirectRows) {
-    const int64_t rows = min_of(kDirectRows, total_rows - row);
-    Pack<FloatOps<float>>::rows(ws.q, ws.padded, queries, row, rows, heads.head_dim);
-    for (int64_t key = block.begin; key < block.end; key += kDirectKeys) {
-      const int64_t keys = min_of(kDirectKeys, block.end - key);
-      with_direct_tile(keys_of, key, keys, heads.head_dim, ws.staging, [&](const auto& tile) {
-        direct_scores_tile(ws.q, ws.padded, rows, tile, keys, ws.padded, ws.p, kDirectKeys,
-                           scale.sign);
-      });
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t query = (row + r) / heads.group;
-        const int64_t head = head_k * heads.group + (row + r) % heads.group;
-        memcpy(raw_row(params, query, head) + segment.k_begin + key, ws.p + r * kDirectKeys,
-               static_cast<size_t>(keys) * sizeof(float));
+  for (int64_t query = 0; query < segment.q_len; ++query) {
+    for (int64_t row = 0; row < heads.group; row += kDirectRows) {
+      const int64_t rows = min_of(kDirectRows, heads.group - row);
+      const int64_t head_q = head_k * heads.group + row;
+      // All rows are heads of one query. With several key heads the whole groups follow each other.
+      Pack<FloatOps<float>>::rows(
+          ws.q, ws.padded, rows_of(params.q, 0, segment.q_begin + query, head_q, count * rows), 0,
+          count * rows, heads.head_dim);
+      for (int64_t key = block.begin; key < block.end; key += kDirectKeys) {
+        const int64_t keys = min_of(kDirectKeys, block.end - key);
+        with_direct_tile(keys_of, key, keys, heads.head_dim, ws.staging, [&](const auto& tile) {
+          direct_scores_tile(ws.q, ws.padded, count, rows, tile, keys, ws.padded, ws.p, kDirectKeys,
+                             scale.sign);
+        });
+        for (int64_t r = 0; r < count * rows; ++r) {
+          memcpy(raw_row(params, query, head_q + r) + segment.k_begin + key, ws.p + r * kDirectKeys,
+                 static_cast<size_t>(keys) * sizeof(float));
+        }
       }
     }
   }
@@ -213,7 +232,7 @@ inline void direct_reduce(const ScoreParams& params, const Block& block, const S
         const Vec minus_lse =
             broadcast(-params.row_lse[head * params.total_q + segment.q_begin + query]);
         for (int64_t j = 0; j < padded; j += kVecWidth) {
-          reduce_into(params.head_reduce, ws.reduced + j, 
+          reduce_into(params.head_reduce, ws.reduced + j,
                       exp2(fma(load(ws.p + j), log2_scale, minus_lse)));
         }
       }
@@ -237,8 +256,12 @@ inline void direct_scores(const ScoreParams& params, const ParallelFor& parallel
       f(task, ws);
     });
   };
-  with_workspace(params.num_blocks * heads.num_heads_k, [&](int64_t task, const ScoreWorkspace& ws) {
-    direct_raw_scores(params, params.blocks[task / heads.num_heads_k], task % heads.num_heads_k, ws);
+  const int64_t together = heads_together(params.k, heads, heads.group);
+  const int64_t parts = (heads.num_heads_k + together - 1) / together;
+  with_workspace(params.num_blocks * parts, [&](int64_t task, const ScoreWorkspace& ws) {
+    const int64_t head_k = task % parts * together;
+    direct_raw_scores(params, params.blocks[task / parts], head_k,
+                      min_of(together, heads.num_heads_k - head_k), ws);
   });
   with_workspace(params.num_segments * heads.num_heads_q, [&](int64_t task, const ScoreWorkspace&) {
     const Segment& segment = params.segments[task / heads.num_heads_q];

@@ -1,6 +1,6 @@
-// Softmax pieces on rows of scores. Exponentials are powers of two, exp2(s * log2_scale - shift) with
-// one rounding in the argument: scores are scaled inside that multiply-add and nowhere before, so large
-// scores cost no accuracy beyond that of the dot product itself.
+// Softmax pieces on rows of scores. Exponentials are powers of two, exp2(s * log2_scale - shift)
+// with one rounding in the argument: scores are scaled inside that multiply-add and nowhere before,
+// so large scores cost no accuracy beyond that of the dot product itself.
 
 #pragma once
 
@@ -13,8 +13,8 @@ namespace pruneops {
 namespace PRUNEOPS_ISA_NAMESPACE {
 namespace {
 
-// softmax_scale as the kernels apply it. Tiles hold sign * <q, k>, so that the largest entry of a row is
-// the one with the largest probability.
+// softmax_scale as the kernels apply it. Tiles hold sign * <q, k>, so that the largest entry of a
+// row is the one with the largest probability.
 struct Scale {
   float sign;  // 1, -1, or 0 for a scale of 0
   float log2;  // |softmax_scale| * log2(e), positive
@@ -52,8 +52,8 @@ PRUNEOPS_INLINE Vec row_max(const float* s, int64_t padded) {
   return m;
 }
 
-// Turns the first `count` scores of a row into exp2(scaled score - max), updating the row's state; `out`
-// may be `s`. Entries [count, zero_to) of out become 0; zero_to is a multiple of kVecWidth.
+// Turns the first `count` scores of a row into exp2(scaled score - max), updating the row's state;
+// `out` may be `s`. Entries [count, zero_to) of out become 0; zero_to is a multiple of kVecWidth.
 template <class T>
 PRUNEOPS_INLINE void online_softmax(float* s, int64_t count, int64_t zero_to, const Scale& scale,
                                     T* out, const RowStates& state, int64_t r) {
@@ -125,8 +125,8 @@ PRUNEOPS_INLINE int64_t row_limits(const Visibility& visibility, const Segment& 
   return largest;
 }
 
-// visible[g] = keys [first_key, first_key + keys) that any of the group's kMicroRows rows sees, counted
-// from first_key; returns the largest.
+// visible[g] = keys [first_key, first_key + keys) that any of the group's kMicroRows rows sees,
+// counted from first_key; returns the largest.
 PRUNEOPS_INLINE int64_t group_columns(const int32_t* limit, int64_t rows, int64_t rows_per_group,
                                       int64_t first_key, int64_t keys, int32_t* visible) {
   int64_t largest = 0;

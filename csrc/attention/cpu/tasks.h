@@ -9,12 +9,12 @@ namespace pruneops {
 namespace PRUNEOPS_ISA_NAMESPACE {
 namespace {
 
-// Calls f(task, workspace of the thread) for every task in [0, count). Threads draw tasks in order from
-// one counter, so a list sorted longest first balances itself. Tasks own their outputs: the schedule
-// cannot change a result.
+// Calls f(task, workspace of the thread) for every task in [0, count). Threads draw tasks in order
+// from one counter, so a list sorted longest first balances itself. Tasks own their outputs: the
+// schedule cannot change a result.
 template <class F>
-void run_tasks(const ParallelFor& parallel, int64_t count, char* workspace, int64_t bytes_per_thread,
-               const F& f) {
+void run_tasks(const ParallelFor& parallel, int64_t count, char* workspace,
+               int64_t bytes_per_thread, const F& f) {
   int64_t next = 0;
   const int64_t workers = min_of<int64_t>(max_of(parallel.num_threads, 1), count);
   parallel_for(parallel, 0, workers, 1, [&](int64_t first, int64_t last) {

@@ -1,0 +1,157 @@
+"""Compaction: moving the rows that stay, in as few launches as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from pruneops import backends
+from pruneops.ops import _checks
+from pruneops.ops.selection import _check_topk, _resolve_capacity
+
+
+@overload
+def gather_rows(x: Tensor, indices: Tensor) -> Tensor: ...
+@overload
+def gather_rows(x: Sequence[Tensor], indices: Tensor) -> list[Tensor]: ...
+def gather_rows(x: Tensor | Sequence[Tensor], indices: Tensor) -> Tensor | list[Tensor]:
+    """``out[i] = x[indices[i]]``; index -1 gives a row of zeros.
+
+    Parameters
+    ----------
+    x : ``[rows, ...]``, any dtype and strides, or a list of such tensors
+        Tensors of a list share ``rows`` and the device; one call moves them all.
+    indices : int32 ``[n]``
+        Unique apart from -1 where a gradient is wanted, since the backward pass scatters.
+
+    Returns
+    -------
+    ``[n, ...]``, contiguous, or a list of them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong type, dtype, shape or device; on the CPU in eager mode also an index outside ``[-1, rows)``
+        and, where a gradient is wanted, one that occurs twice. A device kernel writes zeros for an index
+        out of range.
+
+    Notes
+    -----
+    O(n x row size). Differentiable to any order in floating ``x``; the gradient is :func:`scatter_rows`.
+    Deterministic.
+    """
+    single = isinstance(x, Tensor)
+    tensors = _checks.tensors("x", [x] if single else x)
+    if not tensors:
+        _checks.tensor("indices", indices, 1, _checks.INT32)
+        return []
+    device = tensors[0].device
+    unique = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    _checks.row_indices("indices", indices, tensors[0].shape[0], device, unique)
+    backend = backends.select("gather_rows", device.type)
+    if backend == backends.NATIVE:
+        out = torch.ops.pruneops.gather_rows.default(tensors, indices)
+    else:
+        out = backends.module(backend).gather_rows(tensors, indices)
+    return out[0] if single else out
+
+
+@overload
+def scatter_rows(rows: Tensor, indices: Tensor, total: int) -> Tensor: ...
+@overload
+def scatter_rows(rows: Sequence[Tensor], indices: Tensor, total: int) -> list[Tensor]: ...
+def scatter_rows(rows: Tensor | Sequence[Tensor], indices: Tensor, total: int) -> Tensor | list[Tensor]:
+    """``out[indices[i]] = rows[i]`` in ``total`` rows of zeros; index -1 is skipped.
+
+    Parameters
+    ----------
+    rows : ``[n, ...]``, any dtype and strides, or a list of such tensors
+        Tensors of a list share ``n`` and the device; one call moves them all.
+    indices : int32 ``[n]``, unique apart from -1
+    total : int
+
+    Returns
+    -------
+    ``[total, ...]``, contiguous, or a list of them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong type, dtype, shape or device, a negative ``total``; on the CPU in eager mode also an index
+        outside ``[-1, total)`` or one that occurs twice. A device kernel skips an index out of range.
+
+    Notes
+    -----
+    O((n + total) x row size). Differentiable to any order in floating ``rows``; the gradient is
+    :func:`gather_rows`. Deterministic for unique indices.
+    """
+    single = isinstance(rows, Tensor)
+    tensors = _checks.tensors("rows", [rows] if single else rows)
+    _checks.integer("total", total)
+    if not tensors:
+        _checks.tensor("indices", indices, 1, _checks.INT32)
+        return []
+    device = tensors[0].device
+    _checks.row_indices("indices", indices, total, device, True)
+    if indices.shape[0] != tensors[0].shape[0]:
+        raise ValueError(f"indices must have {tensors[0].shape[0]} entries, one a row, got {indices.shape[0]}")
+    backend = backends.select("scatter_rows", device.type)
+    if backend == backends.NATIVE:
+        out = torch.ops.pruneops.scatter_rows.default(tensors, indices, total)
+    else:
+        out = backends.module(backend).scatter_rows(tensors, indices, total)
+    return out[0] if single else out
+
+
+def select_compact(
+    scores: Tensor,
+    tensors: Sequence[Tensor],
+    cu_seqlens: Tensor,
+    keep_counts: Sequence[int] | Tensor,
+    *,
+    capacity: int | None = None,
+    protect: Tensor | None = None,
+    protected_counts: Sequence[int] | Tensor | None = None,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """:func:`segment_topk` of ``scores`` and :func:`gather_rows` of every tensor, in one call.
+
+    Parameters
+    ----------
+    scores, cu_seqlens, keep_counts, capacity, protect, protected_counts :
+        As in :func:`segment_topk`.
+    tensors : list of ``[total, ...]``, any dtype and strides
+        What travels along: hidden states, positions, labels ...
+
+    Returns
+    -------
+    tensors : list of ``[kept, ...]`` or ``[capacity, ...]``, with rows of zeros after the last kept row
+    indices : int32
+    cu_seqlens : int32 ``[B+1]``
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`segment_topk`, and for tensors that do not have ``total`` rows on the same device.
+
+    Notes
+    -----
+    Differentiable in the floating ``tensors``, not in ``scores``. Deterministic, no device synchronisation.
+    """
+    cu, counts = _check_topk(scores, cu_seqlens, keep_counts, capacity, protect)
+    tensors = _checks.tensors("tensors", tensors)
+    if tensors:
+        _checks.tensor("tensors[0]", tensors[0], device=scores.device, rows=scores.shape[0])
+    capacity = _resolve_capacity(capacity, counts, cu, protect, protected_counts, scores.shape[0])
+    counts = _checks.counts_tensor(counts, scores.device)
+    backend = backends.select("select_compact", scores.device.type, scores.dtype)
+    if backend == backends.NATIVE:
+        out, indices, cu_seqlens_out = torch.ops.pruneops.select_compact.default(
+            _checks.constant(scores), tensors, cu_seqlens, counts, capacity, protect
+        )
+        return out, indices, cu_seqlens_out
+    return backends.module(backend).select_compact(
+        scores, tensors, cu_seqlens, counts, capacity=capacity, protect=protect
+    )

@@ -1,0 +1,407 @@
+"""Malformed calls of every op end in a correct result or a clear exception: no crash, no hang, no garbage.
+
+Each example takes a well-formed call and breaks up to three of its arguments. ``PRUNEOPS_FUZZ_EXAMPLES`` sets the
+number of examples per op (and then draws new ones every time).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from pruneops import ops, reference
+from pruneops.testing import assert_bitwise_equal, cu_seqlens_of
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Casting complex values to real"),
+]
+_requested = os.environ.get("PRUNEOPS_FUZZ_EXAMPLES")
+FUZZ = settings(
+    max_examples=int(_requested or 1000),
+    derandomize=_requested is None,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+)
+# Nothing between "fits" and "can never be allocated": such a size would really be allocated.
+INTS = (-(2**63), -(2**31) - 1, -(2**31), -2, -1, 0, 1, 2, 5, 40, 2**40, 2**62, 2**63 - 1)
+FLOATS = (0.0, -0.0, -1.0, 1e308, -1e308, 1e-320, float("nan"), float("inf"), float("-inf"))
+WRONG_TYPES = (None, True, 3, 2.5, "mean", b"x", [1, 2], (), {}, object(), 1j, torch.float32)
+
+
+# Well-formed calls, as (positional arguments, keyword arguments) of the front-ends.
+
+
+def random_lengths(rng: random.Random) -> list[int]:
+    return [rng.choice((0, 1, 2, 3, 7, 20)) for _ in range(rng.randint(0, 4))]
+
+
+def float_dtype(rng: random.Random) -> torch.dtype:
+    return rng.choice(DTYPES[:3])
+
+
+def selection_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    lengths = random_lengths(rng)
+    total = sum(lengths) + rng.choice((0, 2))
+    scores = torch.randn(total).round().to(float_dtype(rng))
+    protect = torch.rand(total) < 0.3 if rng.random() < 0.5 else None
+    return [scores, cu_seqlens_of(lengths)], {"protect": protect}
+
+
+def topk_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    args, options = selection_call(rng)
+    counts = torch.tensor([rng.randint(0, 3) for _ in args[1][1:]], dtype=torch.int32)
+    exact = rng.random() < 0.3
+    if exact:
+        options["protect"], counts = None, torch.zeros_like(counts)
+    elif rng.random() < 0.3:
+        counts = counts.tolist()
+    return [*args, counts], {**options, "capacity": None if exact else rng.randint(0, 9)}
+
+
+def threshold_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    args, options = selection_call(rng)
+    least = torch.tensor([rng.randint(0, 3) for _ in args[1][1:]], dtype=torch.int32)
+    capacity = rng.choice((None, 0, 4, 30))
+    return [*args, rng.choice((0.0, 0.5))], {**options, "capacity": capacity, "min_keep": least}
+
+
+def rows_of(rng: random.Random, count: int) -> list[Tensor]:
+    shapes = ((), (3,), (2, 2), (0,), (17,))
+    made = [torch.randn(count, *rng.choice(shapes)) for _ in range(rng.randint(1, 3))]
+    return [x.to(rng.choice(DTYPES[:8])) for x in made]
+
+
+def gather_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    count = rng.choice((0, 1, 5, 9))
+    indices = torch.tensor([rng.randint(-1, count - 1) for _ in range(rng.randint(0, 6))], dtype=torch.int32)
+    return [rows_of(rng, count), indices], {}
+
+
+def scatter_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    total = rng.choice((0, 1, 5, 9))
+    indices = torch.randperm(total)[: rng.randint(0, total)].to(torch.int32)
+    return [rows_of(rng, len(indices)), indices, total], {}
+
+
+def compact_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    (scores, cu_seqlens, counts), options = topk_call(rng)
+    return [scores, rows_of(rng, scores.shape[0]), cu_seqlens, counts], options
+
+
+def packed(rng: random.Random) -> tuple[Tensor, Tensor, Tensor, list[Any]]:
+    lengths = random_lengths(rng)
+    lengths_k = [n + rng.choice((0, 0, 5)) for n in lengths]
+    heads_k, head_dim, dtype = rng.choice((1, 2)), rng.choice((1, 5, 16, 40)), float_dtype(rng)
+    q = torch.randn(sum(lengths) + rng.choice((0, 2)), heads_k * rng.choice((1, 2, 3)), head_dim).to(dtype)
+    k, v = torch.randn(2, sum(lengths_k) + rng.choice((0, 2)), heads_k, head_dim).to(dtype)
+    boundaries = [cu_seqlens_of(lengths), cu_seqlens_of(lengths_k)]
+    return q, k, v, [*boundaries, max([0, *lengths]), max([0, *lengths_k])]
+
+
+def limits(rng: random.Random, rows: int) -> Tensor | None:
+    return torch.randint(-2, 30, (rows,), dtype=torch.int32) if rng.random() < 0.5 else None
+
+
+def attention_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    q, k, v, boundaries = packed(rng)
+    options = {
+        "causal": rng.random() < 0.5,
+        "softmax_scale": rng.choice((None, 0.3)),
+        "kv_limit": limits(rng, q.shape[0]),
+        "seqused_k": None,
+        "return_lse": True,
+    }
+    if rng.random() < 0.3:
+        batch = boundaries[0].numel() - 1
+        k, v = torch.randn(2, batch, 9, k.shape[1], k.shape[2]).to(q.dtype)
+        options["seqused_k"] = torch.randint(0, 10, (batch,), dtype=torch.int32)
+        boundaries[1], boundaries[3] = None, 9
+    return [q, k, v, *boundaries], options
+
+
+def decode_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    batch, capacity, heads_k, head_dim = rng.randint(0, 3), rng.choice((0, 1, 9, 40)), rng.choice((1, 2)), 8
+    dtype = float_dtype(rng)
+    q = torch.randn(batch, heads_k * rng.choice((1, 2, 3)), head_dim).to(dtype)
+    k, v = torch.randn(2, batch, capacity, heads_k, head_dim).to(dtype)
+    used = torch.randint(0, capacity + 1, (batch,), dtype=torch.int32)
+    options = {"softmax_scale": 0.3, "num_splits": rng.choice((0, 1, 3)), "return_scores": True}
+    return [q, k, v, used], options
+
+
+def last_query_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    q, k, _, boundaries = packed(rng)
+    options = {"kv_limit": limits(rng, q.shape[0]), "softmax_scale": None}
+    reduce = {"head_reduce": rng.choice(("mean", "max")), "query_reduce": rng.choice(("mean", "sum"))}
+    return [q, k, *boundaries[:2]], {**options, **reduce}
+
+
+def column_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    q, k, v, boundaries = packed(rng)
+    causal = rng.random() < 0.5
+    lse = reference.varlen_attention(q.float(), k.float(), v.float(), *boundaries, causal=causal, return_lse=True)
+    options = {"causal": causal, "softmax_scale": None, "softmax_lse": rng.choice((None, lse[1]))}
+    return [q, k, *boundaries], {**options, "query_reduce": "sum", "head_reduce": "mean"}
+
+
+def positions_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    lengths, dtype = random_lengths(rng), rng.choice((torch.int32, torch.int64))
+    positions = torch.cat([torch.zeros(0), *[torch.arange(n) for n in lengths]]).to(dtype)
+    return [positions, positions, cu_seqlens_of(lengths), cu_seqlens_of(lengths)], {}
+
+
+CALLS: dict[str, Callable[[random.Random], tuple[list[Any], dict[str, Any]]]] = {
+    "segment_topk": topk_call,
+    "segment_threshold": threshold_call,
+    "gather_rows": gather_call,
+    "scatter_rows": scatter_call,
+    "select_compact": compact_call,
+    "varlen_attention": attention_call,
+    "decode_attention": decode_call,
+    "last_query_scores": last_query_call,
+    "column_scores": column_call,
+    "kv_limit_from_positions": positions_call,
+}
+
+
+# Ways to break an argument.
+
+
+def break_values(x: Tensor, rng: random.Random) -> Tensor:
+    x = x.clone()
+    if x.numel() == 0 or x.dtype == torch.bool:
+        return x
+    place = tuple(rng.randrange(size) for size in x.shape)
+    if x.is_floating_point() and x.dtype != torch.float8_e4m3fn:
+        x[place] = torch.tensor(rng.choice(FLOATS), dtype=torch.float64).to(x.dtype)
+    elif not x.is_complex() and not x.is_floating_point():
+        info = torch.iinfo(x.dtype)
+        x[place] = min(max(rng.choice((*INTS, -3, 3, 100)), info.min), info.max)
+    return x
+
+
+def break_shape(x: Tensor, rng: random.Random) -> Tensor:
+    kind = rng.randrange(5)
+    if kind == 0:
+        return x.unsqueeze(rng.randint(0, x.dim()))
+    if x.dim() == 0:
+        return x.expand(3)
+    dim = rng.randrange(x.dim())
+    if kind == 1 and x.shape[dim]:
+        return x.select(dim, 0)
+    if kind == 2:
+        return x.narrow(dim, 0, rng.randint(0, x.shape[dim]))
+    if kind == 3:
+        return x[..., :0]
+    return torch.cat([x, x.narrow(dim, 0, min(1, x.shape[dim]))], dim)
+
+
+def break_strides(x: Tensor, rng: random.Random) -> Tensor:
+    if x.dim() == 0:
+        return x
+    kind = rng.randrange(4)
+    if kind == 0:
+        return torch.stack([x, x], dim=-1)[..., 0]
+    if kind == 1 and x.dim() > 1:
+        return x.transpose(0, -1)
+    if kind == 2 and x.shape[0]:
+        return x[:1].expand_as(x)
+    return x.t() if x.dim() == 2 else x[..., ::2]
+
+
+def break_kind(x: Tensor, rng: random.Random) -> Any:
+    kind = rng.randrange(5)
+    if kind == 0:
+        return x.to("meta")
+    if kind == 1 and x.dtype in DTYPES[:6]:
+        return x.to_sparse() if x.dim() else x
+    if kind == 2 and (x.is_floating_point() or x.is_complex()):
+        return x.detach().requires_grad_()
+    if kind == 3:
+        return torch.nn.Parameter(x, requires_grad=False)
+    return x.numpy() if x.dtype in (torch.float32, torch.int32) and not x.requires_grad else x.tolist()
+
+
+def broken(value: Any, rng: random.Random) -> Any:
+    """One step away from a well-formed argument."""
+    if rng.random() < 0.1:
+        return rng.choice(WRONG_TYPES)
+    if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta:
+        ways = (break_values, break_values, break_shape, break_strides, break_kind)
+        return rng.choice((*ways, lambda x, rng: x.to(rng.choice(DTYPES))))(value, rng)
+    if isinstance(value, list) and value:
+        value = list(value)
+        place = rng.randrange(len(value))
+        value[place] = broken(value[place], rng)
+        return value if rng.random() < 0.8 else tuple(value)
+    if isinstance(value, bool):
+        return rng.choice((0, 1, 2, None, "yes"))
+    if isinstance(value, int):
+        return rng.choice(INTS)
+    if isinstance(value, float):
+        return rng.choice(FLOATS)
+    if isinstance(value, str):
+        return rng.choice(("", "median", "mean\0", "MEAN", "sum", "max"))
+    return rng.choice((0, 0.5, "mean", torch.zeros(3), torch.zeros(3, dtype=torch.int32)))
+
+
+def malformed_call(op: str, seed: int, breaks: int) -> tuple[list[Any], dict[str, Any]]:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    args, options = CALLS[op](rng)
+    for _ in range(breaks):
+        place = rng.choice([*range(len(args)), *options])
+        holder: Any = args if isinstance(place, int) else options
+        holder[place] = broken(holder[place], rng)
+    return args, options
+
+
+def assert_same(ours: Any, expected: Any, exact: bool) -> None:
+    """Equal bytes for ops that move or choose rows, closeness for arithmetic; gradients play no part."""
+    if exact:
+        assert_bitwise_equal(ours, expected)
+        return
+    for a, b in zip(tree_leaves(ours), tree_leaves(expected), strict=True):
+        tolerance = 1e-4 if a.dtype == torch.float32 else 3e-2
+        b = b.detach().to(a.dtype)
+        torch.testing.assert_close(a.detach(), b, atol=tolerance, rtol=tolerance, equal_nan=True)
+
+
+def comparable(args: list[Any], options: dict[str, Any], exact: bool, breaks: int) -> bool:
+    """Whether a call that was accepted has one right answer, up to rounding.
+
+    Meta tensors have no values; huge values or scales leave a softmax to the order of arithmetic; a softmax_lse is
+    taken at its word.
+    """
+    tensors = [x for x in tree_leaves((args, options)) if isinstance(x, Tensor)]
+    if any(x.is_meta for x in tensors):
+        return False
+    if exact:
+        return True
+    if breaks and options.get("softmax_lse") is not None or abs(options.get("softmax_scale") or 0.0) > 100:
+        return False
+    return all(bool((x.float().abs() < 100).all()) for x in tensors if x.is_floating_point())
+
+
+EXACT = ("segment_topk", "segment_threshold", "gather_rows", "scatter_rows", "select_compact")
+examples = given(seed=st.integers(0, 2**32 - 1), breaks=st.integers(0, 3))
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_front_ends_answer_correctly_or_raise_value_or_type_errors(op):
+    @FUZZ
+    @examples
+    def fuzz(seed: int, breaks: int) -> None:
+        args, options = malformed_call(op, seed, breaks)
+        try:
+            result = getattr(ops, op)(*args, **options)
+        except (ValueError, TypeError) as error:
+            assert breaks, f"a well-formed call was refused: {error}"
+            assert str(error)
+            return
+        exact = op in EXACT or op == "kv_limit_from_positions"
+        if comparable(args, options, exact, breaks):
+            assert_same(result, getattr(reference, op)(*args, **options), exact)
+
+    fuzz()
+
+
+def raw_arguments(op: str, args: list[Any], options: dict[str, Any]) -> list[Any]:
+    """The arguments of a front-end call in the order of the op's schema."""
+    options = dict(options)
+    scale = options.pop("softmax_scale", 0.25)
+    scale = 0.25 if scale is None else scale
+    if op == "segment_threshold":
+        options["capacity"] = -1 if options["capacity"] is None else options["capacity"]
+    elif "capacity" in options:
+        options["capacity"] = 6 if options["capacity"] is None else options["capacity"]
+    names = {
+        "segment_topk": ("capacity", "protect"),
+        "segment_threshold": ("capacity", "min_keep", "protect"),
+        "select_compact": ("capacity", "protect"),
+        "varlen_attention": ("causal", "scale", "kv_limit", "seqused_k"),
+        "decode_attention": ("scale", "num_splits", "return_scores"),
+        "last_query_scores": ("scale", "head_reduce", "query_reduce", "kv_limit"),
+        "column_scores": ("causal", "scale", "query_reduce", "head_reduce", "softmax_lse"),
+    }
+    return [*args, *({**options, "scale": scale}[name] for name in names.get(op, ()))]
+
+
+def check_selection(indices: Tensor, cu_seqlens: Tensor, total: int) -> None:
+    """What holds for a selection from any boundaries, counts and capacity."""
+    if indices.is_meta or cu_seqlens.is_meta:
+        return
+    ends, rows = cu_seqlens.tolist(), indices.tolist()
+    assert ends == sorted(ends) and ends[0] == 0 and ends[-1] <= len(rows)
+    kept = rows[: ends[-1]]
+    assert kept == sorted(set(kept)) and all(0 <= row < total for row in kept)
+    assert all(row == -1 for row in rows[ends[-1] :])
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
+@pytest.mark.parametrize("op", CALLS)
+def test_raw_ops_never_crash(op):
+    @FUZZ
+    @examples
+    def fuzz(seed: int, breaks: int) -> None:
+        args = raw_arguments(op, *malformed_call(op, seed, breaks))
+        try:
+            result = getattr(torch.ops.pruneops, op)(*args)
+        except (ValueError, TypeError, RuntimeError) as error:
+            assert str(error)
+            return
+        if op in ("segment_topk", "segment_threshold"):
+            check_selection(*result, args[0].shape[0])
+        elif op == "select_compact":
+            check_selection(*result[1:], args[0].shape[0])
+        elif op == "varlen_attention" and result[0].requires_grad and args[10] is None:
+            result[0].float().sum().backward()
+
+    fuzz()
+
+
+def test_raw_attention_backward_never_crashes():
+    @FUZZ
+    @examples
+    def fuzz(seed: int, breaks: int) -> None:
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        q, k, v, boundaries = packed(rng)
+        out, lse = torch.ops.pruneops.varlen_attention(q, k, v, *boundaries, True, 0.3)
+        dlse = rng.choice((None, torch.randn_like(lse)))
+        args = [torch.randn_like(out), dlse, q, k, v, out, lse, *boundaries, True, 0.3, limits(rng, q.shape[0])]
+        for _ in range(breaks):
+            place = rng.randrange(len(args))
+            args[place] = broken(args[place], rng)
+        try:
+            result = torch.ops.pruneops.varlen_attention_backward(*args)
+        except (ValueError, TypeError, RuntimeError) as error:
+            assert str(error)
+            return
+        for grad, x in zip(result, args[2:5], strict=True):
+            assert grad.shape == x.shape and grad.dtype == x.dtype
+
+    fuzz()

@@ -1,0 +1,142 @@
+"""Every registered op passes torch.library.opcheck: schema, autograd, fake kernel and tracing agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from pruneops import backends
+from pruneops.testing import attention_inputs, cu_seqlens_of
+
+OPS = torch.ops.pruneops
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def selection_args(protected: bool) -> tuple[Any, ...]:
+    protect = torch.arange(9) % 4 == 0 if protected else None
+    return torch.randn(9), cu_seqlens_of([4, 0, 5]), protect
+
+
+def topk(protected: bool) -> tuple[Any, ...]:
+    scores, cu_seqlens, protect = selection_args(protected)
+    return scores, cu_seqlens, int32(2, 0, 1), 7, protect
+
+
+def threshold(capacity: int) -> tuple[Any, ...]:
+    scores, cu_seqlens, protect = selection_args(True)
+    return scores, cu_seqlens, 0.2, capacity, int32(1, 0, 2), protect
+
+
+def rows(needs_grad: bool) -> list[Tensor]:
+    return [
+        torch.randn(9, 3, requires_grad=needs_grad),
+        torch.arange(9),
+        torch.randn(9, 2, 2, requires_grad=needs_grad),
+        torch.randn(9),
+    ]
+
+
+def compact(protected: bool, needs_grad: bool) -> tuple[Any, ...]:
+    scores, cu_seqlens, protect = selection_args(protected)
+    return scores, rows(needs_grad), cu_seqlens, int32(2, 0, 1), 7, protect
+
+
+def attention(needs_grad: bool, dtype: torch.dtype, limited: bool = False, slots: bool = False) -> tuple:
+    inputs = attention_inputs((5, 0, 7), (6, 2, 7), head_dim=8, dtype=dtype)
+    q, k, v = (x.requires_grad_(needs_grad) for x in (inputs.q, inputs.k, inputs.v))
+    limit = torch.randint(0, 7, (12,), dtype=torch.int32) if limited else None
+    if slots:
+        k, v = torch.randn(3, 8, 2, 8), torch.randn(3, 8, 2, 8)
+        return q, k, v, inputs.cu_seqlens_q, None, 7, 8, True, 0.3, limit, int32(8, 0, 3)
+    return q, k, v, *inputs.boundaries, True, 0.3, limit, None
+
+
+def attention_backward(with_lse: bool) -> tuple[Any, ...]:
+    q, k, v, *rest = attention(False, torch.float32)
+    out, lse = OPS.varlen_attention(q, k, v, *rest)
+    dlse = torch.randn_like(lse) if with_lse else None
+    return torch.randn_like(out), dlse, q, k, v, out, lse, *rest[:-1]
+
+
+def decode(scores: bool) -> tuple[Any, ...]:
+    k, v = torch.randn(2, 3, 9, 2, 8)
+    return torch.randn(3, 4, 8), k, v, int32(9, 0, 4), 0.3, 2, scores
+
+
+def last_query() -> tuple[Any, ...]:
+    q, k, _, cu_q, cu_k, *_ = attention(False, torch.bfloat16)
+    return q, k, cu_q, cu_k, 0.3, "mean", "max", torch.randint(0, 7, (12,), dtype=torch.int32)
+
+
+def column(with_lse: bool) -> tuple[Any, ...]:
+    q, k, v, *rest = attention(False, torch.float32)
+    lse = OPS.varlen_attention(q, k, v, *rest)[1] if with_lse else None
+    return q, k, *rest[:6], "sum", "mean", lse
+
+
+def positions() -> tuple[Any, ...]:
+    return torch.arange(9), torch.arange(9), cu_seqlens_of([4, 0, 5]), cu_seqlens_of([4, 0, 5])
+
+
+CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
+    "segment_topk": ("segment_topk", lambda: topk(False)),
+    "segment_topk-protect": ("segment_topk", lambda: topk(True)),
+    "segment_threshold": ("segment_threshold", lambda: threshold(7)),
+    "segment_threshold-exact": ("segment_threshold", lambda: threshold(-1)),
+    "gather_rows": ("gather_rows", lambda: (rows(False), int32(3, -1, 0))),
+    "gather_rows-grad": ("gather_rows", lambda: (rows(True), int32(3, -1, 0))),
+    "scatter_rows": ("scatter_rows", lambda: (rows(False), int32(3, -1, 0, 5, 6, 7, 8, 9, 11), 12)),
+    "scatter_rows-grad": ("scatter_rows", lambda: (rows(True), int32(3, -1, 0, 5, 6, 7, 8, 9, 11), 12)),
+    "select_compact": ("select_compact", lambda: compact(True, False)),
+    "select_compact-grad": ("select_compact", lambda: compact(False, True)),
+    "select_compact-protect-grad": ("select_compact", lambda: compact(True, True)),
+    "varlen_attention": ("varlen_attention", lambda: attention(False, torch.bfloat16)),
+    "varlen_attention-grad": ("varlen_attention", lambda: attention(True, torch.float32)),
+    "varlen_attention-limit-grad": ("varlen_attention", lambda: attention(True, torch.float32, True)),
+    "varlen_attention-slots": ("varlen_attention", lambda: attention(False, torch.float32, True, True)),
+    "varlen_attention_backward": ("varlen_attention_backward", lambda: attention_backward(False)),
+    "varlen_attention_backward-lse": ("varlen_attention_backward", lambda: attention_backward(True)),
+    "decode_attention": ("decode_attention", lambda: decode(False)),
+    "decode_attention-scores": ("decode_attention", lambda: decode(True)),
+    "last_query_scores": ("last_query_scores", last_query),
+    "column_scores": ("column_scores", lambda: column(False)),
+    "column_scores-lse": ("column_scores", lambda: column(True)),
+    "kv_limit_from_positions": ("kv_limit_from_positions", positions),
+}
+
+
+@pytest.mark.parametrize(("op", "args"), CASES.values(), ids=CASES)
+def test_opcheck(op, args):
+    results = opcheck(getattr(OPS, op).default, args())
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_every_op_of_the_library_is_checked():
+    registered = {
+        schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pruneops::")
+    }
+    assert registered == {op for op, _ in CASES.values()}
+    assert registered == {*backends.OPS, "varlen_attention_backward"}
+
+
+# The size of an exact threshold depends on data, which meta tensors do not have.
+META_CASES = {name: case for name, case in CASES.items() if name != "segment_threshold-exact"}
+
+
+@pytest.mark.parametrize(("op", "args"), META_CASES.values(), ids=META_CASES)
+def test_meta_tensors_give_shapes_without_data(op, args):
+    """Fake and real kernels agree on shape, dtype and strides."""
+    arguments = args()
+    real = torch.utils._pytree.tree_leaves(getattr(OPS, op)(*arguments))
+    meta_args = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.detach().to("meta"), arguments)
+    meta = torch.utils._pytree.tree_leaves(getattr(OPS, op)(*meta_args))
+    for a, b in zip(real, meta, strict=True):
+        assert b.is_meta and (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
