@@ -97,6 +97,8 @@ class RaggedCacheLayer:
             if slots is not None:
                 grown[:, : slots.shape[1]] = slots
             slots = grown
+        elif slots.is_inference() and not torch.is_inference_mode_enabled():
+            slots = slots.clone()  # an earlier turn ran in inference mode; its tensors may not be written outside
         slots.view(batch * slots.shape[1], *new.shape[1:]).index_copy_(0, destination, new.to(slots.dtype))
         return slots
 
@@ -133,6 +135,12 @@ class RaggedCache(Cache):
         if cache is None:
             return cls(num_layers)
         if isinstance(cache, cls):
+            if len(cache.layers) != num_layers:
+                raise ValueError(
+                    f"past_key_values: got a RaggedCache of {len(cache.layers)} layers, expected one of {num_layers}, "
+                    "the "
+                    "depth of this model"
+                )
             return cache
         if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
             raise ValueError(
@@ -210,8 +218,9 @@ class RaggedCache(Cache):
         for layer in self.layers:
             if layer.state is not None:
                 index = index.to(layer.state.seqused_k.device)
-                state = states.setdefault(id(layer.state), layer.state.rows(index))
-                layer.select(index, state)
+                if id(layer.state) not in states:
+                    states[id(layer.state)] = layer.state.rows(index)
+                layer.select(index, states[id(layer.state)])
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:

@@ -162,36 +162,49 @@ def pruneops_attention(
         # The rotary embedding leaves queries and keys in float32, the values are in the autocast dtype.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    append, longest = ragged.append, ragged.max_seqlen
-    if append is not None:
-        longest = append.after.bound
-        layer = ragged.cache.layers[module.layer_idx]
-        layer.write(key, value, append.destination, append.after, ragged.cu_seqlens.shape[0] - 1)
+    append = ragged.append
+    longest = ragged.max_seqlen if append is None else append.after.bound
     if sliding_window is not None and longest > sliding_window:
         raise ValueError(
             f"sliding_window: the model attends {sliding_window} tokens back and the batch is {longest} tokens long, "
             "expected no more than the window; sliding-window attention over pruned tokens is not defined"
         )
+    if append is not None:
+        layer = ragged.cache.layers[module.layer_idx]
+        layer.write(key, value, append.destination, append.after, ragged.cu_seqlens.shape[0] - 1)
     if append is None or append.fresh:
         cu_seqlens, max_seqlen = ragged.cu_seqlens, ragged.max_seqlen
         out = ops.varlen_attention(
             query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scaling
         )
-    elif ragged.one_token_a_row:
-        out = ops.decode_attention(query, layer.keys, layer.values, append.after.seqused_k, softmax_scale=scaling)
-    else:
-        out = ops.varlen_attention(
-            query,
-            layer.keys,
-            layer.values,
-            ragged.cu_seqlens,
-            None,
-            ragged.max_seqlen,
-            append.after.bound,
-            softmax_scale=scaling,
-            seqused_k=append.after.seqused_k,
-        )
+        return out.unsqueeze(0), None
+    with torch.no_grad():
+        used = append.after.seqused_k
+        if ragged.one_token_a_row:
+            out = ops.decode_attention(query, layer.keys, layer.values, used, softmax_scale=scaling)
+        else:
+            slots = {"seqused_k": used, "softmax_scale": scaling}
+            limits = ragged.max_seqlen, append.after.bound
+            out = ops.varlen_attention(query, layer.keys, layer.values, ragged.cu_seqlens, None, *limits, **slots)
+    if torch.is_grad_enabled() and query.requires_grad:
+        out = _NoGradientThroughCache.apply(out, query)
     return out.unsqueeze(0), None
+
+
+class _NoGradientThroughCache(torch.autograd.Function):
+    """Cached keys and values carry no gradient: a backward pass through them must fail, not be quietly wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        raise RuntimeError(
+            "past_key_values: a pass on a filled cache has no gradient, because the cache holds detached keys and "
+            "values; "
+            "run the whole sequence with use_cache=False to train"
+        )
 
 
 AttentionInterface.register(ATTENTION_NAME, pruneops_attention)

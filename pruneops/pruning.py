@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
@@ -17,6 +18,10 @@ from pruneops.stand_ins import RUN_ATTRIBUTE
 
 #: Text models whose decoder layers run packed as they are.
 SUPPORTED_TEXT_MODELS: tuple[type[nn.Module], ...] = (LlamaModel, Qwen2Model, MistralModel)
+
+
+#: Names under which models and wrappers (DDP, FSDP, torch.compile, PEFT) hold what is inside them.
+_INWARDS = ("language_model", "module", "_fsdp_wrapped_module", "_orig_mod", "model", "base_model")
 
 
 class _Missing:
@@ -54,7 +59,6 @@ class Run:
         self.method = method.for_depth(self._text_model.config.num_hidden_layers)
         self.trace = Trace(record=record)
         self._saved: list[tuple[nn.Module, str, Any]] = []
-        self._attention: str | None = None
         # Notes of the stand-ins on the call under way: image tokens (batch, length) and tokens of each image,
         # whether generate() runs, and the columns of its prompt.
         self.placeholders: Tensor | None = None
@@ -125,9 +129,13 @@ class Run:
         if self._head is not None:
             self._replace(self._head, "forward", stand_ins.head_forward)
             self._replace(self._head, "generate", stand_ins.generate)
+        # The attention modules get a config of their own: the model's may be shared with a model that is not pruned.
         config = self._text_model.config
-        self._attention = config._attn_implementation
-        config._attn_implementation = ATTENTION_NAME
+        pruned_config = copy.copy(config)
+        pruned_config._attn_implementation = ATTENTION_NAME
+        for module in self._text_model.layers.modules():
+            if module.__dict__.get("config") is config:
+                self._set(module, "config", pruned_config)
 
     def remove(self) -> None:
         for module, name, value in reversed(self._saved):
@@ -136,7 +144,6 @@ class Run:
             else:
                 module.__dict__[name] = value
         self._saved.clear()
-        self._text_model.config._attn_implementation = self._attention
 
     def stock(self, module: nn.Module, name: str) -> Callable[..., Any]:
         """The method of `module` as it was before, bound."""
@@ -226,7 +233,9 @@ def _towards_text_model(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(candidate, SUPPORTED_TEXT_MODELS):
             return
         seen.add(id(candidate))
-        inner = (getattr(candidate, name, None) for name in ("language_model", "module", "model", "base_model"))
-        candidate = next((m for m in inner if isinstance(m, nn.Module) and id(m) not in seen), None)
+        # Submodules only: wrappers such as those of torch.compile and PEFT forward attributes of what they wrap, and
+        # a look-up through them would step over the model with the head.
+        inner = (candidate._modules.get(name) for name in _INWARDS)
+        candidate = next((m for m in inner if m is not None and id(m) not in seen), None)
     names = ", ".join(cls.__name__ for cls in SUPPORTED_TEXT_MODELS)
     raise ValueError(f"model: got a {type(model).__name__}, expected one whose text model is one of {names}")

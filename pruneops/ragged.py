@@ -195,14 +195,14 @@ class RaggedBatch:
 
         * the place before a supervised token whose predecessor was dropped gets the surviving predecessor, because the
           stock loss compares the logits at ``t - 1`` with the label at ``t``;
-        * the last column of a right-padded row gets the row's last token, because ``generate()`` reads the logits
-          there.
+        * the last column gets the row's last surviving token where its own is padding or was dropped, because
+          ``generate()`` reads the logits there.
         """
         batch, length = self.entry.padded_shape
         if self.values.shape[0] == batch * length:
             return self.values.view(batch, length, -1)
         values, source = self.values, self.entry.source.index_select(0, self.origin)
-        for rows, places in (self._bridged_predecessors(), self._padded_last_column()):
+        for rows, places in (self._bridged_predecessors(), self._last_column()):
             if places.numel():
                 values = torch.cat([values, values.index_select(0, rows)])
                 source = torch.cat([source, places])
@@ -224,11 +224,12 @@ class RaggedBatch:
         needed = (self.origin[survivor] != predecessor) & self.has_predecessor()
         return survivor, torch.where(needed, supervised - 1, -1)
 
-    def _padded_last_column(self) -> tuple[Tensor, Tensor]:
+    def _last_column(self) -> tuple[Tensor, Tensor]:
         device = self.values.device
         borders = self.entry.cu_seqlens_host
         batch, length = self.entry.padded_shape
-        rows = [b for b in range(batch) if self.lengths[b] > 0 and borders[b + 1] - borders[b] < length]
+        cut_at_end = [spans[-1].visual < spans[-1].original_visual for spans in self.spans]
+        rows = [b for b in self.rows if self.lengths[b] and (cut_at_end[b] or borders[b + 1] - borders[b] < length)]
         if not rows:
             nothing = torch.empty(0, dtype=torch.int64, device=device)
             return nothing, nothing

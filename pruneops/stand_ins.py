@@ -64,6 +64,13 @@ def text_forward(
         if run.method.renumbers_positions:
             # Behind right padding generate() counts on from the padding; the decoder numbers the real tokens.
             position_ids = None
+    if self.training and pruning_labels is None and visual_token_mask is not None:
+        warnings.warn(
+            "training without labels in the call of the model (label smoothing and custom losses take them out): "
+            "tokens are "
+            "ranked by the last token of each row, as for a prompt, not by the tokens before the answers",
+            stacklevel=2,
+        )
     outputs = ragged_forward(
         self,
         run.method,
@@ -208,7 +215,8 @@ def get_placeholder_mask(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     run: Run = getattr(self, RUN_ATTRIBUTE)
-    _refuse_generation(self, kwargs)
+    bound = inspect.signature(run.stock(self, "generate")).bind_partial(*args, **kwargs)
+    _refuse_generation(self, {**bound.arguments, **bound.arguments.get("kwargs", {})})
     run.generating, run.prompt_length = True, None
     try:
         return run.stock(self, "generate")(*args, **kwargs)
@@ -218,10 +226,11 @@ def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _refuse_generation(model: nn.Module, kwargs: dict[str, Any]) -> None:
     """Refuse generation modes that need a cache whose rows and layers are equally long."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
 
     def setting(name: str) -> Any:
-        return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), None)
 
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
         if setting(name) is not None:

@@ -187,6 +187,57 @@ def test_a_model_may_be_wrapped() -> None:
     assert run.layer_lengths[-1] == [12]
 
 
+def test_the_head_is_found_behind_a_wrapper_that_forwards_attributes() -> None:
+    """As torch.compile's wrapper does: labels have to reach the ranking all the same."""
+
+    class Forwarding(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = module
+
+        def __getattr__(self, name: str):
+            if name == "_orig_mod":
+                return super().__getattr__(name)
+            return getattr(self._orig_mod, name)
+
+        def forward(self, **kwargs):
+            return self._orig_mod(**kwargs)
+
+    model = tiny.language_model()
+    ids = torch.tensor([tiny.row(3, 1, 5)])
+    inputs = {"input_ids": ids, "visual_token_mask": ids == tiny.IMAGE, "labels": torch.full_like(ids, -100)}
+    with torch.no_grad(), pruneops.prune(Forwarding(model), DROP) as run:
+        model(**inputs)
+    assert run.layer_lengths == [[24]] * tiny.LAYERS  # no answer in the labels: the row is left alone
+
+
+def test_a_model_that_shares_its_config_with_a_pruned_one_is_not_affected() -> None:
+    one = tiny.language_model()
+    two = type(one)(one.config).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = two(input_ids=ids).logits
+        first, second = pruneops.attach(one, DROP), pruneops.prune(two, DROP)
+        torch.testing.assert_close(two(input_ids=ids).logits, expected)
+        second.install()
+        first.remove()
+        second.remove()
+        torch.testing.assert_close(two(input_ids=ids).logits, expected)
+    assert one.config._attn_implementation == two.config._attn_implementation != "pruneops"
+
+
+def test_a_cache_filled_in_inference_mode_may_be_continued_outside_of_it() -> None:
+    model = tiny.llava()
+    batch = tiny.llava_batch([tiny.row(3, 1, 5)])
+    with pruneops.prune(model, DROP):
+        with torch.inference_mode():
+            cache = model(**batch, use_cache=True).past_key_values
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[5]]), past_key_values=cache).logits
+            fresh = model(**batch, use_cache=True).past_key_values
+            torch.testing.assert_close(logits, model(input_ids=torch.tensor([[5]]), past_key_values=fresh).logits)
+
+
 def test_an_empty_dynamic_cache_of_the_caller_is_filled_in_place() -> None:
     from transformers import DynamicCache
 

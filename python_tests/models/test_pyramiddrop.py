@@ -141,6 +141,23 @@ def test_dropped_places_are_zero_and_kept_ones_are_not() -> None:
         assert (hidden[record.row].abs().sum(1) > 0).tolist() == alive.tolist()
 
 
+@torch.no_grad()
+def test_a_prompt_may_end_in_an_image_whose_last_token_is_dropped() -> None:
+    model = tiny.llava()
+    ids = tiny.row(5, 1, 0, seed=1)
+    images = tiny.pixels(8)
+    ends_dropped = 0
+    for seed in range(8):
+        inputs = {"input_ids": torch.tensor([ids]), "pixel_values": images[seed : seed + 1]}
+        with pruneops.prune(model, PyramidDrop((1,), (0.1,)), record=True) as run:
+            logits = model(**inputs).logits[0]
+        last = int(run.records[0].kept_positions[-1])
+        ends_dropped += last != len(ids) - 1
+        torch.testing.assert_close(logits[-1], logits[last])
+        assert logits[-1].any()
+    assert ends_dropped
+
+
 def test_the_cache_of_each_layer_holds_the_tokens_of_its_stage() -> None:
     model = tiny.llava()
     batch = tiny.llava_batch(ROWS, "left")

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import pruneops
+from pruneops.cache import RaggedCache
 from pruneops.methods import PyramidDrop, method_from_dict
 
 DROP = PyramidDrop(layers=(2, 4), keep_ratios=(0.5, 0.25))
@@ -131,6 +132,38 @@ def test_caches_that_cannot_be_ragged() -> None:
             ragged.crop(-1)
     with pytest.raises(ValueError, match="is not being pruned"):
         model(input_ids=torch.tensor([[5]]), past_key_values=ragged)
+
+
+def test_a_cache_of_another_depth() -> None:
+    model = tiny.llava()
+    with pruneops.prune(model, DROP), pytest.raises(ValueError, match="RaggedCache of 3 layers, expected one of 6"):
+        model(**BATCH, past_key_values=RaggedCache(3))
+
+
+@pytest.mark.parametrize("tokens", [[[5]], [[5, 6, 7]]])
+def test_gradients_through_a_filled_cache(tokens: list[list[int]]) -> None:
+    """The forward pass works with gradients on, as it does when somebody forgets no_grad; backward says no."""
+    model = tiny.llava()
+    with pruneops.prune(model, DROP):
+        cache = model(**BATCH, use_cache=True).past_key_values
+        logits = model(input_ids=torch.tensor(tokens), past_key_values=cache).logits
+        with pytest.raises(RuntimeError, match="a pass on a filled cache has no gradient"):
+            logits.sum().backward()
+
+
+def test_a_generation_config_given_by_position_is_looked_at_too() -> None:
+    from transformers import GenerationConfig
+
+    model = tiny.llava()
+    config = GenerationConfig(cache_implementation="static", max_new_tokens=3)
+    with pruneops.prune(model, DROP), pytest.raises(ValueError, match="cache_implementation: got 'static'"):
+        model.generate(BATCH["input_ids"], config, pixel_values=BATCH["pixel_values"])
+
+
+def test_training_without_labels_is_pointed_out() -> None:
+    model = tiny.llava().train()
+    with pruneops.prune(model, DROP), pytest.warns(UserWarning, match="training without labels"):
+        model(**BATCH)
 
 
 def test_attention_maps() -> None:
