@@ -80,6 +80,22 @@ def test_every_image_of_a_row_is_cut_by_its_own_ratio_and_text_stays() -> None:
     assert [len(r.scores) for r in run.records] == [48, 33]
 
 
+@pytest.mark.parametrize("family", tiny.LANGUAGE_MODELS)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (8, 1)], ids=str)
+@torch.no_grad()
+def test_scores_are_the_attention_of_the_next_layer_to_the_image(family: str, heads: tuple[int, int]) -> None:
+    """The first stage ranks by what the dense model's next layer does with the same tokens."""
+    model = tiny.language_model(family, num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([tiny.row(3, 2, 5, seed=1)])
+    visual = ids == tiny.IMAGE
+    for layer in (1, 3, tiny.LAYERS - 1):
+        attention = model(input_ids=ids, output_attentions=True).attentions[layer]
+        with pruneops.prune(model, PyramidDrop((layer,), (0.4,)), record=True) as run:
+            model(input_ids=ids, visual_token_mask=visual)
+        torch.testing.assert_close(run.records[0].scores, attention[0, :, -1, visual[0]].mean(0), atol=1e-6, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_kept_tokens_are_the_best_scored_ones() -> None:
     model = tiny.llava()
