@@ -94,8 +94,6 @@ class DecoderState:
     ----------
     batch : RaggedBatch
         The packed tokens; a method replaces it by a shorter one.
-    layers : nn.ModuleList
-        The decoder layers.
     rotary : callable
         ``rotary(position_ids) -> (cos, sin)``, each ``(1, total, head_dim)``, for ``(total,)`` int64 positions.
     trace : Trace
@@ -105,7 +103,6 @@ class DecoderState:
     """
 
     batch: RaggedBatch
-    layers: nn.ModuleList
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]]
     trace: Trace
     decoding: bool
@@ -202,8 +199,7 @@ class _NoGradientThroughCache(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         raise RuntimeError(
             "past_key_values: a pass on a filled cache has no gradient, because the cache holds detached keys and "
-            "values; "
-            "run the whole sequence with use_cache=False to train"
+            "values; run the whole sequence with use_cache=False to train"
         )
 
 
@@ -247,7 +243,6 @@ def ragged_forward(
         trace.restart()
     state = DecoderState(
         batch=batch,
-        layers=text_model.layers,
         rotary=lambda positions: text_model.rotary_emb(inputs_embeds, positions.unsqueeze(0)),
         trace=trace,
         decoding=decoding,
@@ -268,13 +263,7 @@ def ragged_forward(
         if output_hidden_states:
             hidden_states.append(state.batch.unpack())
         packed = state.batch
-        call = AttentionCall(
-            packed.cu_seqlens,
-            packed.max_seqlen,
-            packed.one_token_a_row,
-            cache,
-            append,
-        )
+        call = AttentionCall(packed.cu_seqlens, packed.max_seqlen, packed.one_token_a_row, cache, append)
         values = layer(
             packed.values.unsqueeze(0),
             attention_mask=None,

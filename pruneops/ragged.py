@@ -302,7 +302,7 @@ def pack(
 
     source = to_device(flat, device)
     row_ids = to_device(flat // max(length, 1), device)
-    cu_seqlens = to_device(torch.tensor(borders, dtype=torch.int32), device)
+    cu_seqlens = cu_seqlens_of(lengths, device)
     if position_ids is None:
         packed_positions = offsets_in_rows(cu_seqlens, row_ids)
     else:

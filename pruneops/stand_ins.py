@@ -67,8 +67,7 @@ def text_forward(
     if self.training and pruning_labels is None and visual_token_mask is not None:
         warnings.warn(
             "training without labels in the call of the model (label smoothing and custom losses take them out): "
-            "tokens are "
-            "ranked by the last token of each row, as for a prompt, not by the tokens before the answers",
+            "tokens are ranked by the last token of each row, as for a prompt, not by the tokens before the answers",
             stacklevel=2,
         )
     outputs = ragged_forward(

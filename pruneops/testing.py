@@ -116,6 +116,21 @@ def cu_seqlens_of(lengths: Sequence[int]) -> Tensor:
     return ends.to(torch.int32)
 
 
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Random values of any dtype that torch has, small whole numbers for the integer ones."""
+    if dtype == torch.bool:
+        return torch.rand(shape) < 0.5
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(shape, dtype=torch.float64).to(dtype)
+    return torch.randint(0, 100, shape, dtype=dtype)
+
+
+def some_indices(rows: int, count: int) -> Tensor:
+    """Distinct rows in random order with a few -1 among them."""
+    indices = torch.randperm(max(rows, count))[:count].to(torch.int32)
+    return torch.where(indices < rows, indices, -1)
+
+
 def strided(x: Tensor) -> Tensor:
     """A copy of ``x`` in a larger buffer of NaN (or -7): gaps between rows and, within a row, unit stride."""
     fill = torch.nan if x.is_floating_point() else 1 if x.dtype == torch.bool else -7

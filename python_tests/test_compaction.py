@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from pruneops import backends, ops, reference
-from pruneops.testing import LENGTHS, assert_bitwise_equal, assert_repeatable, cu_seqlens_of, strided
+from pruneops.testing import (
+    LENGTHS,
+    assert_bitwise_equal,
+    assert_repeatable,
+    cu_seqlens_of,
+    random_tensor,
+    some_indices,
+    strided,
+)
 
 ANY_DTYPE = (
     torch.float32,
@@ -25,20 +33,6 @@ ANY_DTYPE = (
     torch.float8_e5m2,
 )
 ROW_SHAPES = ((), (1,), (3,), (64,), (2, 5), (4, 16, 3), (0,), (1031,))
-
-
-def random_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if dtype == torch.bool:
-        return torch.rand(shape) < 0.5
-    if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(shape, dtype=torch.float64).to(dtype)
-    return torch.randint(0, 100, shape, dtype=dtype)
-
-
-def some_indices(rows: int, count: int) -> Tensor:
-    """Distinct rows in random order with a few -1 among them."""
-    indices = torch.randperm(max(rows, count))[:count].to(torch.int32)
-    return torch.where(indices < rows, indices, -1)
 
 
 @pytest.mark.parametrize("dtype", ANY_DTYPE, ids=str)

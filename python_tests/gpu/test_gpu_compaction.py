@@ -16,10 +16,9 @@ from gpu_support import (
     raw,
     with_gaps,
 )
-from torch import Tensor
 
 from pruneops import ops
-from pruneops.testing import LENGTHS, assert_bitwise_equal, cu_seqlens_of
+from pruneops.testing import LENGTHS, assert_bitwise_equal, cu_seqlens_of, random_tensor, some_indices
 
 pytestmark = pytest.mark.gpu
 
@@ -38,20 +37,6 @@ ANY_DTYPE = (
 )
 # Rows of 16-byte multiples, of odd sizes, empty ones, and longer than a block is wide.
 ROW_SHAPES = ((), (1,), (3,), (64,), (2, 5), (4, 16, 3), (0,), (1031,), (4096,), (20_000,))
-
-
-def random_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if dtype == torch.bool:
-        return torch.rand(shape) < 0.5
-    if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(shape, dtype=torch.float64).to(dtype)
-    return torch.randint(0, 100, shape, dtype=dtype)
-
-
-def some_indices(rows: int, count: int) -> Tensor:
-    """Distinct rows in random order with a few -1 among them."""
-    indices = torch.randperm(max(rows, count))[:count].to(torch.int32)
-    return torch.where(indices < rows, indices, -1)
 
 
 @pytest.mark.parametrize("dtype", ANY_DTYPE, ids=str)
