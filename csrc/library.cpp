@@ -45,4 +45,13 @@ STABLE_TORCH_LIBRARY(pruneops, m) {
   m.def(
       "kv_limit_from_positions(Tensor position_ids_q, Tensor position_ids_k, Tensor cu_seqlens_q, "
       "Tensor cu_seqlens_k) -> Tensor");
+
+  // Clustering: DPC-kNN over packed segments, and the means of its clusters.
+  m.def(
+      "dpc_knn(Tensor x, Tensor cu_seqlens, Tensor num_clusters, SymInt k, SymInt max_seqlen, "
+      "SymInt capacity, Tensor? noise=None) -> (Tensor cluster_ids, Tensor center_indices, "
+      "Tensor cu_clusters, Tensor density, Tensor delta, Tensor score)");
+  m.def(
+      "merge_mean(Tensor x, Tensor cluster_ids, Tensor cu_seqlens, Tensor num_clusters, "
+      "SymInt capacity, Tensor? weights=None) -> (Tensor merged, Tensor counts)");
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from pruneops import ops
 from pruneops.ragged import RaggedBatch
 
 _BLOCK = 64  # slots are handed out in blocks of this many tokens
@@ -108,6 +109,23 @@ class RaggedCacheLayer:
             self.values = self.values.index_select(0, index)
         self.state = state
 
+    def move(self, source: Tensor, destination: Tensor, state: RowState) -> None:
+        """Keep some slots, in new places; the memory of the others is given back.
+
+        Parameters
+        ----------
+        source, destination : Tensor
+            ``(n,)`` int32 flat slots ``row * capacity + slot`` of the old and of the new capacity.
+        state : RowState
+            The lengths and the capacity afterwards.
+        """
+        batch = self.keys.shape[0]
+        with torch.no_grad():
+            slots = [t.view(-1, *t.shape[2:]) for t in (self.keys, self.values)]
+            moved = ops.scatter_rows(ops.gather_rows(slots, source), destination, batch * state.capacity)
+        self.keys, self.values = (t.view(batch, state.capacity, *t.shape[1:]) for t in moved)
+        self.state = state
+
     def reset(self) -> None:
         self.keys = self.values = self.state = None
 
@@ -166,6 +184,38 @@ class RaggedCache(Cache):
     def advance(self, columns: int) -> None:
         """Count `columns` more columns of the padded batch."""
         self._logical_length += columns
+
+    def keep_of_chunk(self, num_layers: int, before: RaggedBatch, after: RaggedBatch) -> None:
+        """Drop tokens of the latest chunk from the first layers, which have stored all of it.
+
+        Parameters
+        ----------
+        num_layers : int
+            Layers 0 to ``num_layers - 1`` are cut.
+        before, after : RaggedBatch
+            The chunk as these layers stored it, and what stays of it, in the same order.
+        """
+        new, old = after.cu_seqlens.diff(), before.cu_seqlens.diff()
+        # Where each token that stays was in its row.
+        place = torch.empty_like(before.entry.source)
+        place.index_copy_(0, before.origin, before.offsets)
+        was = place.index_select(0, after.origin)
+        moves: dict[int, tuple[Tensor, Tensor, RowState]] = {}
+        for layer in self.layers[:num_layers]:
+            state = layer.state
+            if id(state) not in moves:
+                start = state.seqused_k - old
+                earlier_bound = state.bound - before.max_seqlen
+                bound = earlier_bound + after.max_seqlen
+                shorter = RowState(start + new, state.next_position, bound, _round_up(bound + 1))
+                earlier = torch.arange(earlier_bound, device=start.device).expand(start.shape[0], -1)
+                first = start.index_select(0, after.row_ids)
+                source, destination = (
+                    torch.cat([_slots(earlier, start, capacity), after.row_ids * capacity + first + offsets])
+                    for capacity, offsets in ((state.capacity, was), (shorter.capacity, after.offsets))
+                )
+                moves[id(state)] = source.to(torch.int32), destination.to(torch.int32), shorter
+            layer.move(*moves[id(state)])
 
     def lengths(self, layer_idx: int) -> list[int]:
         """Tokens that each row really holds at a layer. Reads them from the device."""
@@ -276,14 +326,14 @@ class ChunkAppender:
     Parameters
     ----------
     cache : RaggedCache
-    renumber : bool
-        Tokens of a further chunk follow on from the row's next position at each layer. False: the batch's own positions
-        are final.
+    next_position : Tensor or None
+        ``(batch,)`` int64 positions that follow on the batch, whose own positions are final. None: at each layer the
+        tokens of a further chunk follow on from the layer's next position.
     """
 
-    def __init__(self, cache: RaggedCache, renumber: bool) -> None:
+    def __init__(self, cache: RaggedCache, next_position: Tensor | None = None) -> None:
         self.cache = cache
-        self.renumber = renumber
+        self.next_position = next_position
         self._plans: dict[tuple[int, int], Append] = {}
         self._pinned: list[Any] = []  # keeps the objects alive whose ids are keys
 
@@ -301,8 +351,11 @@ class ChunkAppender:
     def _one_token(self, state: RowState, batch: RaggedBatch) -> Append:
         """`_make` for a decoding step, where it runs for every token: the fewest operations."""
         bound, capacity = state.grown(1)
-        positions = state.next_position if self.renumber else batch.position_ids
-        after = RowState(state.seqused_k + 1, positions + 1, bound, capacity)
+        if self.next_position is None:
+            positions, next_position = state.next_position, state.next_position + 1
+        else:
+            positions, next_position = batch.position_ids, self.next_position
+        after = RowState(state.seqused_k + 1, next_position, bound, capacity)
         return Append(torch.add(state.seqused_k, batch.row_ids, alpha=capacity), after, False, positions)
 
     def _make(self, state: RowState | None, batch: RaggedBatch) -> Append:
@@ -312,16 +365,21 @@ class ChunkAppender:
             fresh, positions = True, batch.position_ids
         else:
             fresh, positions = False, batch.position_ids
-            if self.renumber:
+            if self.next_position is None:
                 positions = state.next_position.index_select(0, batch.row_ids) + batch.offsets
         bound, capacity = state.grown(batch.max_seqlen)
         slot = state.seqused_k.index_select(0, batch.row_ids) + batch.offsets
-        next_position = state.next_position
-        if positions.numel():
-            last = (batch.cu_seqlens[1:].long() - 1).clamp(min=0)
-            next_position = torch.where(new > 0, positions.index_select(0, last) + 1, next_position)
+        next_position = self.next_position
+        if next_position is None:
+            next_position = batch.position_after_last(positions, state.next_position)
         after = RowState(state.seqused_k + new, next_position, bound, capacity)
         return Append(batch.row_ids * capacity + slot, after, fresh, positions)
+
+
+def _slots(columns: Tensor, used: Tensor, capacity: int) -> Tensor:
+    """``(rows * columns,)`` flat slots of the given columns of every row, -1 behind the used ones."""
+    row = torch.arange(columns.shape[0], device=columns.device).unsqueeze(1)
+    return torch.where(columns < used.unsqueeze(1), row * capacity + columns, -1).flatten()
 
 
 def _round_up(tokens: int) -> int:

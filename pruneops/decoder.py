@@ -7,8 +7,9 @@ back into the padded shape. `pruneops_attention` is the attention function that 
 
 from __future__ import annotations
 
+import enum
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,28 @@ class Trace:
         return [b - a for a, b in zip(marks, marks[1:], strict=False)]
 
 
-@dataclass
+@dataclass(frozen=True)
+class AttentionCall:
+    """What the attention function needs to know about the packed batch a layer runs on."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    one_token_a_row: bool
+    cache: RaggedCache | None
+    append: Append | None
+
+
+class Positions(enum.Enum):
+    """Which rotary positions the tokens of a pruned model have."""
+
+    #: Those they came with.
+    GIVEN = "given"
+    #: Counted from 0 in the batch that enters layer 0, and kept; new tokens follow on from there.
+    AT_ENTRY = "at entry"
+    #: Counted from 0 again after every drop; new tokens follow on from what each layer holds.
+    EACH_DROP = "each drop"
+
+
 class DecoderState:
     """The state that a pruning method sees and changes between layers.
 
@@ -100,23 +122,82 @@ class DecoderState:
         Where to record.
     decoding : bool
         Every row gets one token behind a cache: nothing to prune.
+    cache : RaggedCache or None
+        Where layers store their keys and values, each those of the batch it was called with.
     """
 
-    batch: RaggedBatch
-    rotary: Callable[[Tensor], tuple[Tensor, Tensor]]
-    trace: Trace
-    decoding: bool
+    def __init__(
+        self,
+        batch: RaggedBatch,
+        rotary: Callable[[Tensor], tuple[Tensor, Tensor]],
+        trace: Trace,
+        decoding: bool,
+        cache: RaggedCache | None,
+    ) -> None:
+        self.batch = batch
+        self.rotary = _RotaryMemo(rotary)
+        self.trace = trace
+        self.decoding = decoding
+        self.cache = cache
+        self._appender: ChunkAppender | None = None
 
+    def settle_positions(self, positions: Positions, given: bool) -> None:
+        """Fix the positions of the batch, once it is the one that enters layer 0.
 
-@dataclass(frozen=True)
-class AttentionCall:
-    """What the attention function needs to know about the packed batch a layer runs on."""
+        Parameters
+        ----------
+        positions : Positions
+            The method's rule.
+        given : bool
+            The batch came with positions.
+        """
+        cache, batch, next_position = self.cache, self.batch, None
+        if positions is not Positions.EACH_DROP:
+            earlier = None if cache is None else cache.layers[0].state
+            if earlier is None:
+                start = torch.zeros(batch.batch_size, dtype=torch.int64, device=batch.values.device)
+            else:
+                start = earlier.next_position
+            if not given or positions is Positions.AT_ENTRY:
+                follow = start if batch.one_token_a_row else start.index_select(0, batch.row_ids) + batch.offsets
+                self.batch = batch = batch.with_position_ids(follow)
+            if batch.one_token_a_row:  # every decoding step: the fewest operations
+                next_position = batch.position_ids + 1
+            else:
+                next_position = batch.position_after_last(batch.position_ids, start)
+        if cache is not None:
+            self._appender = ChunkAppender(cache, next_position)
 
-    cu_seqlens: Tensor
-    max_seqlen: int
-    one_token_a_row: bool
-    cache: RaggedCache | None
-    append: Append | None
+    def call_layer(self, i: int, layer: Callable[..., Tensor], batch: RaggedBatch) -> RaggedBatch:
+        """Call decoder layer `i`, or a part of it, on packed tokens; their keys and values go into its cache.
+
+        Parameters
+        ----------
+        layer : callable
+            Takes what a Hugging Face decoder layer takes.
+        batch : RaggedBatch
+            What to run on: ``state.batch`` or a part of it.
+
+        Returns
+        -------
+        RaggedBatch
+            The same tokens with the values that `layer` returned and the positions that it saw.
+        """
+        append = None
+        if self._appender is not None:
+            append = self._appender.plan(i, batch)
+            batch = batch.with_position_ids(append.position_ids)
+        if not self.decoding:
+            self.trace.layer_lengths.append(batch.lengths)
+        call = AttentionCall(batch.cu_seqlens, batch.max_seqlen, batch.one_token_a_row, self.cache, append)
+        values = layer(
+            batch.values.unsqueeze(0),
+            attention_mask=None,
+            position_ids=batch.position_ids.unsqueeze(0),
+            position_embeddings=self.rotary(batch.position_ids),
+            ragged=call,
+        )
+        return batch.with_values(values.squeeze(0))
 
 
 def pruneops_attention(
@@ -215,6 +296,7 @@ def ragged_forward(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     visual_token_mask: Tensor | None,
+    num_frames: Sequence[int] | None,
     labels: Tensor | None,
     past_key_values: Any,
     use_cache: bool,
@@ -224,7 +306,8 @@ def ragged_forward(
     """Run the decoder over a padded batch, pruned by `method`.
 
     Shapes are those of a Hugging Face text model; `visual_token_mask` and `labels` are ``(batch, length)`` for the
-    columns of `inputs_embeds`. `labels` are masked in place where a pruned row has no token left to predict them from.
+    columns of `inputs_embeds`, `num_frames` has an entry for every image or video among them. `labels` are masked in
+    place where a pruned row has no token left to predict them from.
     """
     batch_size, columns = inputs_embeds.shape[:2]
     cache = (
@@ -238,7 +321,7 @@ def ragged_forward(
         # One new token in every row: nothing to read back. A mask on a device is taken to be 1 for the new tokens.
         batch = pack_one_token(inputs_embeds, position_ids)
     else:
-        batch = pack(inputs_embeds, attention_mask, position_ids, visual_token_mask, labels, prompt_length)
+        batch = pack(inputs_embeds, attention_mask, position_ids, visual_token_mask, labels, prompt_length, num_frames)
     if not decoding:
         trace.restart()
     state = DecoderState(
@@ -246,35 +329,19 @@ def ragged_forward(
         rotary=lambda positions: text_model.rotary_emb(inputs_embeds, positions.unsqueeze(0)),
         trace=trace,
         decoding=decoding,
+        cache=cache,
     )
     method.before_decoder(state)
-    keeps_given_positions = position_ids is not None and not method.renumbers_positions
-    appender = ChunkAppender(cache, renumber=not keeps_given_positions) if cache is not None else None
-    rotary_of = _RotaryMemo(state.rotary)
+    state.settle_positions(method.positions, position_ids is not None)
     hidden_states: list[Tensor] = []
     if not decoding:
         trace.mark(inputs_embeds.device)
     for i, layer in enumerate(text_model.layers[: text_model.config.num_hidden_layers]):
-        append = None
         method.before_layer(i, layer, state)
-        if appender is not None:
-            append = appender.plan(i, state.batch)
-            state.batch = state.batch.with_position_ids(append.position_ids)
         if output_hidden_states:
             hidden_states.append(state.batch.unpack())
-        packed = state.batch
-        call = AttentionCall(packed.cu_seqlens, packed.max_seqlen, packed.one_token_a_row, cache, append)
-        values = layer(
-            packed.values.unsqueeze(0),
-            attention_mask=None,
-            position_ids=packed.position_ids.unsqueeze(0),
-            position_embeddings=rotary_of(packed.position_ids),
-            ragged=call,
-        )
-        state.batch = packed.with_values(values.squeeze(0))
-        method.after_layer(i, layer, state)
+        method.run_layer(i, layer, state)
         if not decoding:
-            trace.layer_lengths.append(packed.lengths)
             trace.mark(inputs_embeds.device)
     state.batch = state.batch.with_values(text_model.norm(state.batch.values))
     if cache is not None:

@@ -7,6 +7,7 @@ and out of the padded world of Hugging Face.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,12 +32,19 @@ class Span:
         processors put between the pieces of one image) are text and never pruned.
     original_visual : int
         The image's tokens before any pruning; keep ratios refer to this number.
+    frames : int
+        How many frames of equally many tokens the image has: more than 1 for a video.
+    blocks : tuple of int
+        Sizes of the groups, one behind the other, into which a method has ordered the image's tokens; empty if none
+        has.
     """
 
     image: int
     length: int
     visual: int
     original_visual: int
+    frames: int = 1
+    blocks: tuple[int, ...] = ()
 
     def keeping(self, visual: int) -> Span:
         """The span after its image was cut to `visual` tokens."""
@@ -59,8 +67,8 @@ class Entry:
         Per row the tokens (counted in the row) that the method may ask for scores: with labels the last token before
         every answer, otherwise the last prompt token.
     bridges : tuple of (Tensor, Tensor, Tensor)
-        Supervised tokens that follow a visual token: packed index of that visual token, packed index of the row's first
-        token and flat padded index of the supervised token, ``(n,)`` int64 each (see `RaggedBatch.unpack`).
+        Supervised tokens that follow a visual token: their packed index, their row and their flat padded index,
+        ``(n,)`` int64 each (see `RaggedBatch.unpack`).
     """
 
     padded_shape: tuple[int, int]
@@ -85,7 +93,8 @@ class RaggedBatch:
     position_ids : Tensor
         ``(total,)`` int64 positions for the rotary embedding.
     origin : Tensor
-        ``(total,)`` int64, strictly ascending: index of each token in the packed batch before any pruning.
+        ``(total,)`` int64, no two equal: index of each token in the packed batch before any pruning, of a merged token
+        the one that stands for it. Ascending, except within images whose tokens a method has put into another order.
     row_ids : Tensor
         ``(total,)`` int64 row of each token.
     spans : list of list of Span
@@ -164,6 +173,70 @@ class RaggedBatch:
             keep_counts = [span.length for row in spans for span in row]
         else:
             keep_counts = [span.visual for row in spans for span in row]
+        return self._selected(scores, old_lengths, keep_counts, spans)
+
+    def keep_best_of_blocks(self, scores: Tensor, keep: list[list[tuple[int, ...]]]) -> RaggedBatch:
+        """`keep_best` within every block of `Span.blocks`.
+
+        Parameters
+        ----------
+        scores : Tensor
+            ``(total,)`` float32; read at visual tokens only.
+        keep : list of list of tuple of int
+            Per row and span the number of tokens to keep of each block; ignored for text spans.
+        """
+        spans = [
+            [
+                replace(span.keeping(sum(k)), blocks=k) if span.image else span
+                for span, k in zip(row, keep_row, strict=True)
+            ]
+            for row, keep_row in zip(self.spans, keep, strict=True)
+        ]
+        old_lengths, keep_counts = (
+            [length for row in stage for span in row for length in (span.blocks if span.image else (span.length,))]
+            for stage in (self.spans, spans)
+        )
+        return self._selected(scores, old_lengths, keep_counts, spans)
+
+    def with_merged(self, values: Tensor, origin: Tensor, row_ids: Tensor, spans: list[list[Span]]) -> RaggedBatch:
+        """The batch with other tokens in the place of its images, no text between the pieces of any.
+
+        Parameters
+        ----------
+        values, origin, row_ids : Tensor
+            As the attributes, for all tokens, text included.
+        spans : list of list of Span
+            As the attribute.
+
+        Returns
+        -------
+        RaggedBatch
+            Its positions count from 0 in every row.
+        """
+        lengths = [sum(span.length for span in row) for row in spans]
+        cu_seqlens = cu_seqlens_of(lengths, values.device)
+        return self._with(
+            values=values,
+            cu_seqlens=cu_seqlens,
+            lengths=lengths,
+            position_ids=offsets_in_rows(cu_seqlens, row_ids),
+            origin=origin,
+            row_ids=row_ids,
+            spans=spans,
+            protect=None,
+        )
+
+    def position_after_last(self, positions: Tensor, otherwise: Tensor) -> Tensor:
+        """``(batch,)`` int64: what follows each row's last of `positions` ``(total,)``, or `otherwise`."""
+        if not positions.numel():
+            return otherwise
+        last = (self.cu_seqlens[1:].long() - 1).clamp(min=0)
+        return torch.where(self.cu_seqlens.diff() > 0, positions.index_select(0, last) + 1, otherwise)
+
+    def _selected(
+        self, scores: Tensor, segment_lengths: list[int], keep_counts: list[int], spans: list[list[Span]]
+    ) -> RaggedBatch:
+        """The best `keep_counts` unprotected tokens of consecutive segments, and the protected ones."""
         protected = None if self.protect is None else [span.length - span.visual for row in spans for span in row]
         carried = [self.values, self.position_ids, self.origin, self.row_ids]
         if self.protect is not None:
@@ -171,7 +244,7 @@ class RaggedBatch:
         kept, _, _ = ops.select_compact(
             scores,
             carried,
-            cu_seqlens_of(old_lengths, self.values.device),
+            cu_seqlens_of(segment_lengths, self.values.device),
             keep_counts,
             protect=self.protect,
             protected_counts=protected,
@@ -204,6 +277,10 @@ class RaggedBatch:
         values, source = self.values, self.entry.source.index_select(0, self.origin)
         for rows, places in (self._bridged_predecessors(), self._last_column()):
             if places.numel():
+                # A merged token may stand in a place that its neighbour needs.
+                taken = torch.zeros(batch * length + 1, dtype=torch.bool, device=source.device)
+                taken.index_fill_(0, places, True)  # -1, the spare last one, is no place
+                source = torch.where(taken.index_select(0, source), -1, source)
                 values = torch.cat([values, values.index_select(0, rows)])
                 source = torch.cat([source, places])
         padded = ops.scatter_rows(values, source.to(torch.int32), batch * length)
@@ -211,18 +288,24 @@ class RaggedBatch:
 
     def has_predecessor(self) -> Tensor:
         """``(n,)`` bool for the supervised tokens of `Entry.bridges`: is any token left before them in their row?"""
-        predecessor, first_token, _ = self.entry.bridges
-        survivor = torch.searchsorted(self.origin, predecessor, right=True) - 1
-        return (survivor >= 0) & (self.origin[survivor.clamp(min=0)] >= first_token)
+        return self._predecessors()[1]
+
+    def _predecessors(self) -> tuple[Tensor, Tensor]:
+        """What is left right before the tokens of `Entry.bridges`: ``(n,)`` indices, and whether there is anything."""
+        supervised, row, _ = self.entry.bridges
+        place = torch.full_like(self.entry.source, -1)
+        place.index_copy_(0, self.origin, torch.arange(self.origin.shape[0], device=place.device))
+        predecessor = place.index_select(0, supervised) - 1
+        return predecessor.clamp(min=0), predecessor >= self.cu_seqlens.index_select(0, row)
 
     def _bridged_predecessors(self) -> tuple[Tensor, Tensor]:
-        predecessor, _, supervised = self.entry.bridges
-        if predecessor.numel() == 0 or self.origin.numel() == 0:
-            return predecessor[:0], supervised[:0]
-        survivor = (torch.searchsorted(self.origin, predecessor, right=True) - 1).clamp(min=0)
-        # -1 is ignored by scatter: the predecessor itself survived, or nothing is left before it.
-        needed = (self.origin[survivor] != predecessor) & self.has_predecessor()
-        return survivor, torch.where(needed, supervised - 1, -1)
+        supervised = self.entry.bridges[2]
+        if supervised.numel() == 0 or self.origin.numel() == 0:
+            return supervised[:0], supervised[:0]
+        predecessor, exists = self._predecessors()
+        # -1 is ignored by scatter: the predecessor is in its place, or nothing is left before the token.
+        needed = exists & (self.entry.source[self.origin[predecessor]] != supervised - 1)
+        return predecessor, torch.where(needed, supervised - 1, -1)
 
     def _last_column(self) -> tuple[Tensor, Tensor]:
         device = self.values.device
@@ -267,6 +350,7 @@ def pack(
     visual_token_mask: Tensor | None,
     labels: Tensor | None,
     prompt_length: int | None = None,
+    num_frames: Sequence[int] | None = None,
 ) -> RaggedBatch:
     """Pack a padded batch. Reads the masks (and labels) back to the host once; nothing after this does.
 
@@ -284,6 +368,8 @@ def pack(
         ``(batch, length)`` int64, -100 where nothing is supervised.
     prompt_length : int or None
         Columns that belong to the prompt, if `generate` without a cache feeds generated tokens behind it.
+    num_frames : sequence of int or None
+        Frames of every image, in order of appearance in the batch; None: every image is one frame.
     """
     batch, length, hidden = inputs_embeds.shape
     device = inputs_embeds.device
@@ -296,6 +382,8 @@ def pack(
         borders.append(borders[-1] + n)
     packed_visual = visual.flatten()[flat]
     spans = [_spans(packed_visual[borders[b] : borders[b + 1]]) for b in range(batch)]
+    if num_frames is not None:
+        spans = _with_frames(spans, num_frames)
     protect = None
     if any(span.image and span.length != span.visual for row in spans for span in row):
         protect = to_device(packed_visual == 0, device)
@@ -316,7 +404,7 @@ def pack(
         source=source,
         cu_seqlens_host=borders,
         query_tokens=_query_tokens(valid, labels, prompt_length),
-        bridges=tuple(to_device(t, device) for t in _bridges(valid, visual, labels, borders)),
+        bridges=tuple(to_device(t, device) for t in _bridges(valid, visual, labels)),
     )
     return RaggedBatch(
         values=values,
@@ -402,6 +490,23 @@ def _spans(visual: Tensor) -> list[Span]:
     return spans
 
 
+def _with_frames(spans: list[list[Span]], num_frames: Sequence[int]) -> list[list[Span]]:
+    images = [span for row in spans for span in row if span.image]
+    if len(num_frames) != len(images):
+        raise ValueError(
+            f"num_frames: got {len(num_frames)} entries, expected {len(images)}, one for each video or image of "
+            "visual_token_mask in order of appearance in the batch"
+        )
+    for number, (frames, span) in enumerate(zip(num_frames, images, strict=True)):
+        if frames < 1 or span.visual % frames:
+            raise ValueError(
+                f"num_frames: got {frames} for video {number}, expected a divisor of its {span.visual} visual tokens: "
+                "every frame has as many"
+            )
+    frames_of = iter(num_frames)
+    return [[replace(span, frames=next(frames_of)) if span.image else span for span in row] for row in spans]
+
+
 def _query_tokens(valid: Tensor, labels: Tensor | None, prompt_length: int | None) -> list[list[int]]:
     """Per row the tokens, counted in the row, right before an answer (labels given) or the last prompt token."""
     queries = []
@@ -416,7 +521,7 @@ def _query_tokens(valid: Tensor, labels: Tensor | None, prompt_length: int | Non
     return queries
 
 
-def _bridges(valid: Tensor, visual: Tensor, labels: Tensor | None, borders: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _bridges(valid: Tensor, visual: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """See `Entry.bridges`; CPU tensors."""
     if labels is None:
         nothing = torch.empty(0, dtype=torch.int64)
@@ -426,5 +531,4 @@ def _bridges(valid: Tensor, visual: Tensor, labels: Tensor | None, borders: list
     rows, columns = after_visual.nonzero(as_tuple=True)
     packed_index = valid.flatten().long().cumsum(0) - 1
     supervised = rows * valid.shape[1] + columns
-    first_token = torch.tensor(borders, dtype=torch.int64)[rows]
-    return packed_index[supervised - 1] if supervised.numel() else supervised, first_token, supervised
+    return packed_index[supervised], rows, supervised

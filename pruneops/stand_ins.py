@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from pruneops.decoder import ragged_forward
+from pruneops.decoder import Positions, ragged_forward
 from pruneops.ragged import image_runs
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 #: The attribute under which a pruned module finds its `Run`.
 RUN_ATTRIBUTE = "_pruneops"
+_NO_VIDEO = -1
+#: What the stand-ins of a forward take beside its own arguments.
+_EXTRA_ARGUMENTS = ("visual_token_mask", "num_frames")
 
 
 def text_forward(
@@ -36,10 +39,11 @@ def text_forward(
     inputs_embeds: Tensor | None = None,
     use_cache: bool | None = None,
     visual_token_mask: Tensor | None = None,
+    num_frames: Sequence[int] | Tensor | None = None,
     pruning_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-    """The text model's forward while it is pruned: the arguments of the stock one and ``visual_token_mask``."""
+    """The text model's forward while it is pruned: the stock arguments, ``visual_token_mask`` and ``num_frames``."""
     run: Run = getattr(self, RUN_ATTRIBUTE)
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids, inputs_embeds: got both or neither, expected exactly one of them")
@@ -61,7 +65,7 @@ def text_forward(
     if run.generating and past_key_values is None:
         # Without a cache generate() feeds the whole text each time; the prompt is what came first.
         run.prompt_length = prompt_length = run.prompt_length or columns
-        if run.method.renumbers_positions:
+        if run.method.positions is not Positions.GIVEN:
             # Behind right padding generate() counts on from the padding; the decoder numbers the real tokens.
             position_ids = None
     if self.training and pruning_labels is None and visual_token_mask is not None:
@@ -78,6 +82,7 @@ def text_forward(
         attention_mask=_columns(attention_mask, "attention_mask", batch, past, columns, None),
         position_ids=_last_columns(position_ids, batch, columns),
         visual_token_mask=_columns(visual_token_mask, "visual_token_mask", batch, past, columns, 0),
+        num_frames=_frames(num_frames),
         labels=_columns(pruning_labels, "labels", batch, 0, columns, None),
         past_key_values=past_key_values,
         use_cache=use_cache,
@@ -141,6 +146,38 @@ def _columns(mask: Tensor | None, name: str, batch: int, past: int, columns: int
     return nn.functional.pad(mask, (0, past + columns - mask.shape[1]), value=pad)[:, past:]
 
 
+def _frames(num_frames: Sequence[int] | Tensor | None) -> list[int] | None:
+    """Frames of every video in order, from what the caller gave or from the rows that `frames_by_row` made of it."""
+    if num_frames is None:
+        return None
+    if isinstance(num_frames, Tensor):
+        if num_frames.is_floating_point() or num_frames.is_complex() or num_frames.dtype == torch.bool:
+            raise TypeError(f"num_frames: got {num_frames.dtype}, expected integers")
+        if num_frames.dim() == 2:
+            num_frames = num_frames[num_frames != _NO_VIDEO]
+        if num_frames.dim() != 1:
+            raise ValueError(f"num_frames: got shape {tuple(num_frames.shape)}, expected (videos,)")
+        return num_frames.tolist()
+    if not isinstance(num_frames, (list, tuple)) or not all(type(n) is int for n in num_frames):
+        raise TypeError(f"num_frames: got {num_frames!r}, expected a 1-D int tensor or a list of ints")
+    return list(num_frames)
+
+
+def frames_by_row(num_frames: Sequence[int] | Tensor, visual_token_mask: Tensor) -> Tensor:
+    """``(batch, most videos a row)`` int64: the frames of every row's videos, so that `generate` can repeat rows."""
+    visual = visual_token_mask.cpu()
+    visual = image_runs(visual) if visual.dtype == torch.bool else visual
+    frames = _frames(num_frames)
+    counts = [int(torch.unique(row[row > 0]).numel()) for row in visual]
+    if len(frames) != sum(counts):
+        raise ValueError(
+            f"num_frames: got {len(frames)} entries, expected {sum(counts)}, one for each video or image of "
+            "visual_token_mask in order of appearance in the batch"
+        )
+    rows = torch.tensor(frames, dtype=torch.int64).split(counts)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_NO_VIDEO).to(visual_token_mask.device)
+
+
 def _last_columns(position_ids: Tensor | None, batch: int, columns: int) -> Tensor | None:
     if position_ids is None:
         return None
@@ -153,18 +190,21 @@ def _last_columns(position_ids: Tensor | None, batch: int, columns: int) -> Tens
 
 @functools.cache
 def dressed(stand_in: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`stand_in` with the name, docstring and signature of the stock method, and ``visual_token_mask`` if it is a "
-    "forward."""
+    """`stand_in` with the stock name, docstring and signature; a forward also takes `_EXTRA_ARGUMENTS`."""
 
     @functools.wraps(stock)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return stand_in(self, *args, **kwargs)
 
     signature = inspect.signature(stock)
-    if stock.__name__ == "forward" and "visual_token_mask" not in signature.parameters:
+    if stock.__name__ == "forward":
         parameters = list(signature.parameters.values())
         at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        parameters.insert(at, inspect.Parameter("visual_token_mask", inspect.Parameter.KEYWORD_ONLY, default=None))
+        parameters[at:at] = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            for name in _EXTRA_ARGUMENTS
+            if name not in signature.parameters
+        ]
         signature = signature.replace(parameters=parameters)
     method.__signature__ = signature
     return method
@@ -216,6 +256,8 @@ def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     run: Run = getattr(self, RUN_ATTRIBUTE)
     bound = inspect.signature(run.stock(self, "generate")).bind_partial(*args, **kwargs)
     _refuse_generation(self, {**bound.arguments, **bound.arguments.get("kwargs", {})})
+    if kwargs.get("num_frames") is not None and kwargs.get("visual_token_mask") is not None:
+        kwargs["num_frames"] = frames_by_row(kwargs["num_frames"], kwargs["visual_token_mask"])
     run.generating, run.prompt_length = True, None
     try:
         return run.stock(self, "generate")(*args, **kwargs)

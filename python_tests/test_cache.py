@@ -18,7 +18,7 @@ def append(cache: RaggedCache, lengths: list[int], value: float) -> None:
     """Append tokens whose keys are value + row / 10 + offset / 100 to every layer."""
     batch = batch_of(lengths)
     keys = (value + batch.row_ids / 10 + batch.offsets / 100).view(-1, 1, 1)
-    appender = ChunkAppender(cache, renumber=True)
+    appender = ChunkAppender(cache)
     for i, layer in enumerate(cache.layers):
         plan = appender.plan(i, batch)
         layer.write(keys, -keys, plan.destination, plan.after, len(lengths))

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pruneops.decoder import DecoderState, Positions
+
 if TYPE_CHECKING:
     from torch import nn
-
-    from pruneops.decoder import DecoderState
 
 _METHODS: dict[str, type[PruningMethod]] = {}
 
@@ -23,9 +23,7 @@ class PruningMethod:
     """
 
     name: ClassVar[str] = ""
-    #: After a drop the method numbers the remaining tokens 0..n-1, and new tokens follow on at each layer. Otherwise
-    #: tokens keep the positions they came with.
-    renumbers_positions: ClassVar[bool] = False
+    positions: ClassVar[Positions] = Positions.GIVEN
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -48,8 +46,9 @@ class PruningMethod:
     def before_layer(self, i: int, layer: nn.Module, state: DecoderState) -> None:
         """Called before decoder layer `i` (counted from 0)."""
 
-    def after_layer(self, i: int, layer: nn.Module, state: DecoderState) -> None:
-        """Called after decoder layer `i`."""
+    def run_layer(self, i: int, layer: nn.Module, state: DecoderState) -> None:
+        """Runs decoder layer `i` and puts its output into ``state.batch``; a method may do more, or it differently."""
+        state.batch = state.call_layer(i, layer, state.batch)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict for JSON: the fields, and the method's name under ``"method"``."""

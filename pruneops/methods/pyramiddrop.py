@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneops import ops
-from pruneops.decoder import DecoderState, Record
+from pruneops.decoder import DecoderState, Positions, Record
 from pruneops.methods.base import PruningMethod
 from pruneops.ragged import RaggedBatch, Span, cu_seqlens_of, to_device
 
@@ -63,7 +63,7 @@ class PyramidDrop(PruningMethod):
     keep_ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
 
     name: ClassVar[str] = "pyramiddrop"
-    renumbers_positions: ClassVar[bool] = True
+    positions: ClassVar[Positions] = Positions.EACH_DROP
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep_ratios", _checked_ratios(self.keep_ratios))

@@ -133,6 +133,7 @@ def test_generate_may_be_asked_for_its_arguments() -> None:
         assert list(inspect.signature(model.forward).parameters) == [
             *list(stock)[:-1],
             "visual_token_mask",
+            "num_frames",
             list(stock)[-1],
         ]
         ids = torch.tensor([tiny.row(3, 1, 5)])
