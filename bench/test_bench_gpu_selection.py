@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import gpu_peers, workloads
-from bench.gpu_compare import rotated, sized, versus
+from bench.gpu_compare import rotated, sized, smaller, versus
 from bench.gpu_timing import DEVICE
 from bench.workloads import Workload
 from pruneops import ops
@@ -56,6 +56,24 @@ def test_segment_topk_of_one_image(benchmark: Any, model: Any) -> None:
         peer_name="topk + sort + cumsum",
         target_ratio=5.0 if model is workloads.llava_next_7b else None,
         target_us=8.0,
+    )
+
+
+@pytest.mark.parametrize("length", [16_384, 32_768, 131_072])
+def test_segment_topk_of_one_long_segment(benchmark: Any, length: int) -> None:
+    """The first on one multiprocessor, the others shared by several."""
+    length = smaller(length)
+    keep = length // 2
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=DEVICE)
+    counts = counts_on_device([keep])
+    versus(
+        benchmark,
+        rotated(lambda generator: scores_of(length, generator)),
+        lambda scores: ops.segment_topk(scores, cu_seqlens, counts, capacity=keep),
+        gpu_peers.EqualRows(1, length, keep),
+        op="segment_topk",
+        workload=f"1 x {length}, half kept",
+        peer_name="topk + sort + cumsum",
     )
 
 

@@ -61,14 +61,14 @@ std::tuple<Tensor, Tensor> select(const Tensor& scores, const Tensor& cu_seqlens
   params.capacity = capacity;
   params.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   params.cu_seqlens_out = static_cast<int32_t*>(cu_seqlens_out.mutable_data_ptr());
-  // One block of scratch: progress [B + 1] of 8 bytes, then bounds [B + 1] of 4.
-  std::optional<Tensor> scratch;
-  if (num_segments > 1) {
-    scratch = empty_cuda_int32({3 * (num_segments + 1)}, device);
-    params.progress = static_cast<unsigned long long*>(scratch->mutable_data_ptr());
-    params.bounds = reinterpret_cast<int32_t*>(params.progress + num_segments + 1);
+  const CudaSelectPlan plan = plan_select(params);
+  std::optional<Tensor> workspace;
+  if (plan.workspace_bytes > 0) {
+    workspace =
+        empty_cuda_int32({plan.workspace_bytes / static_cast<int64_t>(sizeof(int32_t))}, device);
   }
-  STD_CUDA_CHECK(launch_select(params, current_cuda_stream(device)));
+  void* scratch = workspace.has_value() ? workspace->mutable_data_ptr() : nullptr;
+  STD_CUDA_CHECK(launch_select(params, plan, scratch, current_cuda_stream(device)));
   return {indices, cu_seqlens_out};
 }
 

@@ -10,6 +10,7 @@ import torch
 from gpu_support import (
     DEVICE,
     DTYPES,
+    Captured,
     assert_equals_cpu_kernel,
     every_second,
     on_cpu,
@@ -86,16 +87,66 @@ def test_threshold_equals_the_cpu_kernel(lengths, threshold, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [1023, 4096, 6272, 8193, 20_011, 100_003, 1_000_003])
+@pytest.mark.parametrize("length", [1023, 4096, 6272, 8193, 16_384, 16_385, 20_011, 50_000, 100_003, 1_000_003])
 def test_long_segments_equal_the_cpu_kernel(length, kind):
-    """Beyond what one block holds in shared memory; ties are cut in the middle of the segment."""
-    lengths = (length, 7, length // 2)
-    total = sum(lengths)
-    scores, cu_seqlens = random_scores(total, kind), cu_seqlens_of(lengths)
-    for counts in ((length // 3, 2, length // 2 - 1), (1, 0, 0), (length, 7, 1)):
-        assert_equals_cpu_kernel("segment_topk", scores, cu_seqlens, torch.tensor(counts, dtype=torch.int32), total)
-    least = torch.tensor([length // 5, 9, 3], dtype=torch.int32)
-    assert_equals_cpu_kernel("segment_threshold", scores, cu_seqlens, 0.9, total, least)
+    """Beyond what one block holds several blocks share a segment; ties are cut in the middle of it."""
+    for lengths in ((length,), (length, 7, length // 2)):
+        total = sum(lengths)
+        scores, cu_seqlens = random_scores(total, kind), cu_seqlens_of(lengths)
+        for counts in ((length // 3, 2, length // 2 - 1), (1, 0, 0), (length, 7, 1), (0, 7, 0)):
+            keep = torch.tensor(counts[: len(lengths)], dtype=torch.int32)
+            assert_equals_cpu_kernel("segment_topk", scores, cu_seqlens, keep, total)
+        least = torch.tensor([length // 5, 9, 3][: len(lengths)], dtype=torch.int32)
+        assert_equals_cpu_kernel("segment_threshold", scores, cu_seqlens, 0.9, total, least)
+
+
+LONG_AMONG_SHORT = {
+    "two": (50_000, 576),
+    "between_empty_ones": (0, 3, 50_000, 0, 20_480, 2880, 0),
+    "among_many": (34,) * 300 + (50_000,) + (0, 91) * 100 + (12_289, 9_977) + (34,) * 20,
+    "many_long": (10_001, 12_288, 30_000) * 12,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", LONG_AMONG_SHORT.values(), ids=LONG_AMONG_SHORT)
+def test_long_segments_among_short_ones_equal_the_cpu_kernel(lengths, kind, dtype):
+    total = sum(lengths) + 5
+    scores, cu_seqlens, protect = random_scores(total, kind, dtype), cu_seqlens_of(lengths), torch.rand(total) < 0.1
+    for keep in ("none", "all", "half", "random"):
+        counts = counts_of(lengths, keep)
+        for capacity, kept in ((total + 9, None), (total, protect), (total // 3, protect)):
+            assert_equals_cpu_kernel("segment_topk", scores, cu_seqlens, counts, capacity, kept)
+            assert_equals_cpu_kernel("segment_threshold", scores, cu_seqlens, 0.3, capacity, counts, kept)
+
+
+def test_a_graph_captured_with_one_long_segment_replays_with_other_lengths(native):
+    """Which segments several blocks share is decided on the device, so a replay may share others, or none."""
+    total, capacity = 60_000, 20_000
+    scores = torch.randn(total, device=DEVICE)
+    cu_seqlens, counts = on_device((cu_seqlens_of((50_000, 10_000)), counts_of((50_000, 10_000), "half")))
+    protect = torch.zeros(total, dtype=torch.bool, device=DEVICE)
+
+    def both():
+        return (
+            raw("segment_topk", scores, cu_seqlens, counts, capacity, protect),
+            raw("segment_threshold", scores, cu_seqlens, 1.0, capacity, counts, protect),
+            raw("select_compact", scores, [scores], cu_seqlens, counts, capacity, protect),
+        )
+
+    captured = Captured(both)
+    for lengths in ((50_000, 10_000), (0, 60_000), (30_000, 29_999), (9_000, 9_000), (60_000, 0), (0, 0)):
+        scores.copy_(random_scores(total, "ties"))
+        cu_seqlens.copy_(cu_seqlens_of(lengths))
+        counts.copy_(torch.tensor([n // 7 for n in lengths], dtype=torch.int32))
+        protect.copy_(torch.rand(total) < 0.05)
+        expected = [
+            raw("segment_topk", *on_cpu((scores, cu_seqlens, counts)), capacity, protect.cpu()),
+            raw("segment_threshold", *on_cpu((scores, cu_seqlens)), 1.0, capacity, *on_cpu((counts, protect))),
+            raw("select_compact", scores.cpu(), [scores.cpu()], *on_cpu((cu_seqlens, counts)), capacity, protect.cpu()),
+        ]
+        assert_bitwise_equal(on_cpu(list(captured.replay())), expected, str(lengths))
 
 
 def test_nan_ranks_below_minus_infinity_and_signed_zeros_are_equal(native):
@@ -133,7 +184,7 @@ def test_boundaries_on_a_device_are_clamped_as_on_the_cpu(boundaries):
 
 
 def test_strided_inputs_give_the_same_result():
-    lengths = (150, 0, 3000, 25)
+    lengths = (150, 0, 3000, 25, 20_000)
     scores, cu_seqlens = on_device((torch.randn(sum(lengths)), cu_seqlens_of(lengths)))
     counts, protect = counts_of(lengths, "half").to(DEVICE), torch.rand(sum(lengths), device=DEVICE) < 0.2
     expected = raw("segment_topk", scores, cu_seqlens, counts, 2000, protect)

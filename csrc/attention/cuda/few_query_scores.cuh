@@ -150,13 +150,14 @@ __global__ void __launch_bounds__(kPartialThreads, 4)
 }
 
 constexpr int kFewThreads = 256;
+constexpr int kFewBlocks = 3;    // on a multiprocessor at once; what the compiler fits registers to
 constexpr int kFewHeads = 16;    // query heads handled at once
 constexpr int kFewMaxKeys = 64;  // most keys of a block
 
 // One block has tile_keys packed keys. Thread t < tile_keys adds up key t: heads first, then query
 // rows, in order.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kFewThreads)
+__global__ void __launch_bounds__(kFewThreads, kFewBlocks)
     few_query_scores_kernel(CudaScoreParams p, int32_t num_splits, int32_t tile_keys,
                             bool k_vectors, const PartialLse* partial) {
   constexpr int kPadded = kLanes * kVector;

@@ -24,13 +24,25 @@ struct CudaSelectParams {
   int64_t total;
   int64_t num_segments;
   int64_t capacity;
-  int32_t* bounds;               // scratch [num_segments + 1]; unused for fewer than 2 segments
-  unsigned long long* progress;  // scratch [num_segments + 1]; unused likewise
-  int32_t* indices;              // out [capacity]: kept rows, ascending; -1 behind the last
-  int32_t* cu_seqlens_out;       // out [num_segments + 1]
+  int32_t* indices;         // out [capacity]: kept rows, ascending; -1 behind the last
+  int32_t* cu_seqlens_out;  // out [num_segments + 1]
 };
 
-// Two launches, or one where there are fewer than two segments; all on `stream`.
-cudaError_t launch_select(const CudaSelectParams& params, cudaStream_t stream);
+// Sizes of a launch. They follow from the parameters that the host knows, not from lengths.
+struct CudaSelectPlan {
+  int32_t num_threads;      // of a block, a power of two from 32 to 1024
+  int64_t key_capacity;     // rows of a segment that one block takes; several share a longer one
+  int64_t stretch_rows;     // rows of a longer one that a block takes, at most key_capacity
+  int64_t max_long;         // most segments that may be longer
+  int64_t max_stretches;    // most blocks that they may need
+  int64_t workspace_bytes;  // 0 if none is needed
+};
+
+CudaSelectPlan plan_select(const CudaSelectParams& params);
+
+// Two launches, or one where no workspace is needed; all on `stream`.
+//   workspace  scratch of plan.workspace_bytes, 16-byte aligned
+cudaError_t launch_select(const CudaSelectParams& params, const CudaSelectPlan& plan,
+                          void* workspace, cudaStream_t stream);
 
 }  // namespace pruneops
