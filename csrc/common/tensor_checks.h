@@ -16,6 +16,7 @@
 
 #include "common/float_types.h"
 #include "common/huge_pages.h"
+#include "common/rows.h"
 
 namespace pruneops {
 
@@ -78,6 +79,19 @@ inline std::optional<Tensor> checked_vector(const std::optional<Tensor>& t, Scal
   return checked_vector(*t, dtype, size, name);
 }
 
+// A matrix of `dtype` on any device with as many rows and columns; a copy if its rows are not
+// dense.
+inline Tensor checked_matrix(const Tensor& t, ScalarType dtype, int64_t rows, int64_t columns,
+                             const char* name) {
+  check_dim(t, 2, name);
+  check_dtype(t, dtype, name);
+  check_size(t, 0, rows, name);
+  check_size(t, 1, columns, name);
+  return columns <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+inline Rows rows_of(const Tensor& matrix) { return {matrix.const_data_ptr(), matrix.stride(0)}; }
+
 // cu_seqlens: int32 [B + 1], so at least one entry.
 inline Tensor checked_cu_seqlens(const Tensor& t, const char* name) {
   Tensor out = checked_vector(t, ScalarType::Int, -1, name);
@@ -107,6 +121,21 @@ inline Tensor empty_cpu_like_dtype(const Tensor& like, const std::vector<int64_t
                       out.numel() * static_cast<int64_t>(out.element_size()));
   }
   return out;
+}
+
+// Uninitialised contiguous float32 CPU tensor.
+inline Tensor empty_float32(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d] > 0 ? sizes[d] : 1;
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), aoti_torch_dtype_float32(),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 }  // namespace pruneops

@@ -44,6 +44,8 @@
 //   broadcast(x), zero()
 //   + - *, fma(a, b, c)       a * b + c
 //   vmax(a, b), vmin(a, b)    b where either is NaN, so vmax(limit, x) keeps the NaN of x
+//   less_mask(a, b), equal_mask(a, b), at_least_mask(a, b)   one bit a lane, 0 where either is NaN
+//   where_less(a, b, x, y)    x where a < b, else y
 //   round_even(v)
 //   scale_pow2(v, n)          v * 2^n for integral kLowestExponent <= n <= 128; 0 for
 //   kLowestExponent first_lane(v), reduce_max(v), reduce_sum(v) reduce_sum4(a, b, c, d, out)    the
@@ -79,6 +81,9 @@ PRUNEOPS_INLINE Vec exp2(Vec x) {
   p = fma(p, f, broadcast(1.0f));
   return scale_pow2(p, n);
 }
+
+// The bits of a mask that stand for lanes.
+constexpr uint32_t kAllLanes = (1u << kVecWidth) - 1u;
 
 PRUNEOPS_INLINE constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;

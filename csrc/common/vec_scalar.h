@@ -38,6 +38,17 @@ PRUNEOPS_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 PRUNEOPS_INLINE Vec vmax(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 PRUNEOPS_INLINE Vec vmin(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 
+// Lanes of a comparison are all ones or all zeros; their bit pattern as one number.
+typedef int32_t Int4 __attribute__((vector_size(16)));
+PRUNEOPS_INLINE uint32_t mask_of(Int4 lanes) {
+  const Int4 bits = lanes & Int4{1, 2, 4, 8};
+  return static_cast<uint32_t>(bits[0] | bits[1] | bits[2] | bits[3]);
+}
+PRUNEOPS_INLINE uint32_t less_mask(Vec a, Vec b) { return mask_of(a.v < b.v); }
+PRUNEOPS_INLINE uint32_t equal_mask(Vec a, Vec b) { return mask_of(a.v == b.v); }
+PRUNEOPS_INLINE uint32_t at_least_mask(Vec a, Vec b) { return mask_of(a.v >= b.v); }
+PRUNEOPS_INLINE Vec where_less(Vec a, Vec b, Vec x, Vec y) { return {a.v < b.v ? x.v : y.v}; }
+
 // Adding and taking away 1.5 * 2^23 leaves the nearest integer; enough for |a| < 2^22.
 PRUNEOPS_INLINE Vec round_even(Vec a) {
   const Vec magic = broadcast(0x1.8p23f);

@@ -7,6 +7,8 @@
 
 #include "check.h"
 #include "common/cuda_kernel.h"
+#include "common/cuda_mma.cuh"
+#include "common/float_types.h"
 
 namespace {
 
@@ -139,7 +141,79 @@ void every_thread_of_every_block_runs_once() {
   for (int x : out) CHECK(x == 1);
 }
 
+// d = a b + c for matrices of one warp each, times two by a second product on top.
+//   a [16, 16], b [16, 8], c and d [16, 8], row by row
+template <pruneops::MmaType kType>
+__global__ void multiply_twice(const uint16_t* a, const uint16_t* b, const float* c, float* d) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int g = lane / 4, t = lane % 4;
+  a += warp * 256, b += warp * 128, c += warp * 128, d += warp * 128;
+  const auto word = [](uint16_t low, uint16_t high) {
+    return low | static_cast<uint32_t>(high) << 16;
+  };
+  uint32_t of_a[4], of_b[2];
+  float of_d[4];
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i % 2 * 8, column = 2 * t + i / 2 * 8;
+    of_a[i] = word(a[row * 16 + column], a[row * 16 + column + 1]);
+    of_d[i] = c[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+  }
+  for (int i = 0; i < 2; ++i) {
+    const int row = 2 * t + i * 8;
+    of_b[i] = word(b[row * 8 + g], b[(row + 1) * 8 + g]);
+  }
+  pruneops::mma_16x8x16<kType>(of_d, of_a, of_b);
+  pruneops::mma_16x8x16<kType>(of_d, of_a, of_b);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = of_d[i];
+}
+
+template <pruneops::MmaType kType, class Element>
+void tensor_cores_multiply() {
+  const int warps = 3;
+  std::vector<uint16_t> a(warps * 256), b(warps * 128);
+  std::vector<float> c(warps * 128), d(warps * 128, -1.0f);
+  // Small whole numbers: exact in every type and sum.
+  const auto fill = [](std::vector<uint16_t>& x, int factor) {
+    for (size_t i = 0; i < x.size(); ++i) {
+      Element e;
+      pruneops::from_float(static_cast<float>(static_cast<int>(i * factor % 17) - 8), &e);
+      x[i] = e.bits;
+    }
+  };
+  fill(a, 5);
+  fill(b, 7);
+  for (size_t i = 0; i < c.size(); ++i) c[i] = static_cast<float>(i % 11);
+  launch(multiply_twice<kType>, dim3(1), dim3(warps * 32), 0, a.data(), b.data(), c.data(),
+         d.data());
+  for (int w = 0; w < warps; ++w) {
+    for (int row = 0; row < 16; ++row) {
+      for (int column = 0; column < 8; ++column) {
+        float want = c[w * 128 + row * 8 + column];
+        for (int k = 0; k < 16; ++k) {
+          want += 2 * pruneops::to_float(Element{a[w * 256 + row * 16 + k]}) *
+                  pruneops::to_float(Element{b[w * 128 + k * 8 + column]});
+        }
+        CHECK(d[w * 128 + row * 8 + column] == want);
+      }
+    }
+  }
+}
+
+void tensor_cores_cut_sums_off_towards_zero() {
+  CHECK(cuda_on_host::cut_off(1.0 + 0x1p-24 + 0x1p-25) == 1.0f);
+  CHECK(cuda_on_host::cut_off(-1.0 - 0x1p-24 - 0x1p-25) == -1.0f);
+  CHECK(cuda_on_host::cut_off(1.0 - 0x1p-30) == 1.0f - 0x1p-24f);
+  CHECK(cuda_on_host::cut_off(0.0) == 0.0f && cuda_on_host::cut_off(3.5) == 3.5f);
+}
+
 // Each of these breaks a rule.
+__global__ void lane_missing_from_product(int* x) {
+  float d[4] = {};
+  const uint32_t a[4] = {}, b[2] = {};
+  if (threadIdx.x != 4) pruneops::mma_16x8x16<pruneops::MmaType::kBFloat16>(d, a, b);
+  *x = static_cast<int>(d[0]);
+}
+
 __global__ void some_return_before_the_barrier(int* x) {
   if (threadIdx.x == 3) return;
   __syncthreads();
@@ -191,6 +265,7 @@ void broken_rules_are_reported() {
   CHECK(fails_with(reads_lane_that_returned, "reads lane 0, which takes no part"));
   CHECK(fails_with(different_masks, "different operations or masks"));
   CHECK(fails_with(caller_not_in_mask, "the caller is not in its mask"));
+  CHECK(fails_with(lane_missing_from_product, "mma needs all lanes of the warp"));
 }
 
 // A missing barrier: which value thread 0 finds depends on the order of threads.
@@ -212,6 +287,27 @@ void a_missing_barrier_shows() {
   CHECK(found_written && found_poison);
 }
 
+// The same between warps that have more and less to do before they come to it.
+__global__ void missing_barrier_between_warps(int* out) {
+  PRUNEOPS_DYNAMIC_SHARED(int, x);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  for (int i = 0; i < 2 + 2 * warp; ++i) __syncwarp();
+  if (threadIdx.x == 0) *x = 5;
+  if (threadIdx.x == 32) *out = *x;
+}
+
+void shuffled_warps_drift_apart() {
+  bool found_written = false, found_poison = false;
+  for (unsigned seed = 0; seed < 100; ++seed) {
+    schedule = {cuda_on_host::Order::kShuffled, cuda_on_host::Order::kForward, seed};
+    int out = 0;
+    launch(missing_barrier_between_warps, dim3(1), dim3(64), sizeof(int), &out);
+    found_written |= out == 5;
+    found_poison |= out == -1;
+  }
+  CHECK(found_written && found_poison);
+}
+
 }  // namespace
 
 int main() {
@@ -222,8 +318,12 @@ int main() {
     the_last_block_sees_all_others();
     atomics_are_right();
     every_thread_of_every_block_runs_once();
+    tensor_cores_multiply<pruneops::MmaType::kBFloat16, pruneops::BFloat16>();
+    tensor_cores_multiply<pruneops::MmaType::kFloat16, pruneops::Half>();
     broken_rules_are_reported();
   }
+  tensor_cores_cut_sums_off_towards_zero();
   a_missing_barrier_shows();
+  shuffled_warps_drift_apart();
   return 0;
 }

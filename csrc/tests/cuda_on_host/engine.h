@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -66,6 +67,8 @@ inline std::vector<Schedule> all_schedules() {
 
 enum class State { kReady, kAtBarrier, kInWarp, kDone };
 
+using Words = std::array<uint32_t, 6>;
+
 struct Thread {
   ucontext_t context;
   uint3 index;
@@ -77,6 +80,8 @@ struct Thread {
   int source;            // the lane whose value it is after, kAllLanes for all of them
   uint64_t seen[32];     // what these lanes brought, once complete
   unsigned taking_part;  // lanes with an entry in `seen`
+  Words words[2];        // what it brought to this exchange and to the one before
+  int exchanges;         // that it took part in
 };
 
 class Block {
@@ -118,7 +123,12 @@ class Block {
       }
       if (ready.empty()) throw Failure(describe_deadlock());
       arrange(ready, schedule.threads);
-      for (int t : ready) resume(t);
+      // Shuffled warps also drift apart: in each round some of them stay behind.
+      const bool drift = schedule.threads == Order::kShuffled;
+      const uint32_t behind = drift ? random_() & random_() : 0;
+      for (int t : ready) {
+        if ((behind >> t / 32 & 1) == 0) resume(t);
+      }
     }
   }
 
@@ -187,6 +197,20 @@ class Block {
   }
 
   unsigned taking_part() const { return threads_[me_].taking_part; }
+
+  // Meets the whole warp; afterwards, and until the next exchange, exchanged(lane, i) is word i of
+  // what that lane brought. Two sets suffice: nobody brings a third before all have met again.
+  void exchange(const char* where, const Words& words) {
+    Thread& me = threads_[me_];
+    me.words[++me.exchanges % 2] = words;
+    meet(where, 0xffffffffu, 0);
+    if (me.taking_part != 0xffffffffu) fail(std::string(where) + " needs all lanes of the warp");
+  }
+
+  uint32_t exchanged(int from, int i) const {
+    return threads_[me_ / 32 * 32 + from].words[threads_[me_].exchanges % 2][i];
+  }
+
   int lane() const { return me_ % 32; }
 
   // A chance for the others, where real threads would interleave.
@@ -222,6 +246,7 @@ class Block {
     thread.index = {u % x, u / x % y, u / (x * y)};
     thread.state = State::kReady;
     thread.where = "";
+    thread.exchanges = 0;
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = stack_of(t);
     thread.context.uc_stack.ss_size = kStackBytes - kPage;
@@ -289,6 +314,9 @@ class Block {
       if (other.state == State::kDone) continue;
       if (other.state != State::kInWarp) return;
       if (other.mask != mask || std::strcmp(other.where, waiting.where) != 0) {
+        // Part of a warp may be busy among itself; but two lanes may not wait for each other.
+        const auto lane = (&waiting - threads_.data()) % 32;
+        if ((other.mask >> lane & 1) == 0) return;
         fail("lanes of a warp meet in different operations or masks: " + std::string(other.where) +
              " and " + waiting.where);
       }

@@ -1,0 +1,3 @@
+#define PRUNEOPS_ISA_AVX512
+
+#include "clustering/cpu/kernels.h"

@@ -1,0 +1,3 @@
+#define PRUNEOPS_ISA_SCALAR
+
+#include "clustering/cpu/kernels.h"
