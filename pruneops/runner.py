@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,14 +30,14 @@ ASSET = Path(__file__).resolve().parent / "assets" / "coffee.jpg"
 
 MODEL_TYPES = ("llava", "llava_next")
 MAX_TURNS, SECONDS_FOR_TURNS = 3, 5.0
-UNTRAINED_LABEL = "small LLaVA, built here and untrained: its words mean nothing"
+UNTRAINED_LABEL = "small {}, built here and untrained: its words mean nothing"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One row of the batch."""
+    """One row of the batch: what is asked of an image or video file."""
 
-    image: Path
+    path: Path
     prompt: str
 
 
@@ -57,10 +57,15 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the processor made of the questions, and the images as they were read."""
+    """What the processor made of the questions, and the images or clips as they were read.
+
+    ``placeholder`` is the id of the visual tokens; the last ``separators`` of a row are none.
+    """
 
     features: Any
-    images: list[Image]
+    media: list[Any]
+    placeholder: int
+    separators: int = 0
 
     @property
     def prompt_length(self) -> int:
@@ -137,7 +142,7 @@ def check_images(questions: Sequence[Question]) -> list[Image]:
 
     opened: dict[Path, Image.Image] = {}
     for question in questions:
-        path = question.image
+        path = question.path
         if path in opened:
             continue
         if not path.exists():
@@ -151,11 +156,21 @@ def check_images(questions: Sequence[Question]) -> list[Image]:
             raise ValueError(f"image: not an image that PIL can read: {path}") from None
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"image: cannot read {path}: {error}") from None
-    return [opened[question.image] for question in questions]
+    return [opened[question.path] for question in questions]
 
 
-def load(model: str | None, method: PruningMethod, dtype: str, device: str, seed: int) -> Loaded:
+def load(
+    model: str | None,
+    method_for: Callable[[int], PruningMethod],
+    dtype: str,
+    device: str,
+    seed: int,
+    videos: bool = False,
+) -> Loaded:
     """Loads a LLaVA or LLaVA-NeXT checkpoint, or builds the small untrained one when ``model`` is None.
+
+    With ``videos`` it is a model that takes videos, and the processor is a
+    :class:`~pruneops.models.video_inputs.VideoReader`. ``method_for`` gives the method for a number of layers.
 
     Raises
     ------
@@ -173,17 +188,28 @@ def load(model: str | None, method: PruningMethod, dtype: str, device: str, seed
         raise ValueError(f"device must be one torch can use here, got {device!r}: no CUDA device was found")
     if model is None:
         from pruneops.models.small import build_small_llava
+        from pruneops.models.small_video import build_small_video
 
+        build = build_small_video if videos else build_small_llava
         # The folder is only needed while loading: the weights are copied into memory below.
         with tempfile.TemporaryDirectory(prefix="pruneops-") as folder:
-            return _load_checkpoint(str(build_small_llava(folder, seed=seed)), method, dtype, target, None)
-    return _load_checkpoint(model, method, dtype, target, model)
+            return _load_checkpoint(str(build(folder, seed=seed)), method_for, dtype, target, None, videos)
+    return _load_checkpoint(model, method_for, dtype, target, model, videos)
 
 
-def _load_checkpoint(source: str, method: PruningMethod, dtype: str, device: torch.device, name: str | None) -> Loaded:
+def _load_checkpoint(
+    source: str,
+    method_for: Callable[[int], PruningMethod],
+    dtype: str,
+    device: torch.device,
+    name: str | None,
+    videos: bool,
+) -> Loaded:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+    from pruneops.methods import PruningMethod, method_from_dict
     from pruneops.models.small import is_untrained
+    from pruneops.models.video_inputs import VIDEO_MODEL_TYPES, VideoReader
 
     shown = source if name is None else name
     looks_local = source.startswith((".", "/", "~")) or os.path.exists(source)
@@ -194,14 +220,21 @@ def _load_checkpoint(source: str, method: PruningMethod, dtype: str, device: tor
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model: {shown} is not a checkpoint that transformers can load: {_one_line(error)}") from None
-    if config.model_type not in MODEL_TYPES:
+    types = VIDEO_MODEL_TYPES if videos else MODEL_TYPES
+    if config.model_type not in types:
+        what = "takes no videos" if videos else "is not a LLaVA checkpoint"
         raise ValueError(
-            f"model: {shown} is not a LLaVA checkpoint: its model_type is {config.model_type!r}, "
-            f"expected one of {', '.join(MODEL_TYPES)}"
+            f"model: {shown} {what}: its model_type is {config.model_type!r}, expected one of {', '.join(types)}"
         )
-    method.for_depth(config.get_text_config().num_hidden_layers)
+    saved = getattr(config, "pruning", None)
+    if saved is not None and type(method_from_dict(saved)).prepare is not PruningMethod.prepare:
+        raise ValueError(
+            f"model: {shown} was trained with {saved['method']} and only runs with it, expected a model without "
+            "modules of a method; load this one with pruneops.models"
+        )
+    method_for(config.get_text_config().num_hidden_layers)
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = VideoReader.from_pretrained(path, config) if videos else AutoProcessor.from_pretrained(path)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"model: {shown} could not be loaded: {_one_line(error)}") from None
@@ -211,7 +244,8 @@ def _load_checkpoint(source: str, method: PruningMethod, dtype: str, device: tor
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data = tensor.data.clone()
     processor.tokenizer.padding_side = "left"
-    label = UNTRAINED_LABEL if name is None else name + (" (untrained)" if untrained else "")
+    kind = "LLaVA-NeXT-Video" if videos else "LLaVA"
+    label = UNTRAINED_LABEL.format(kind) if name is None else name + (" (untrained)" if untrained else "")
     return Loaded(model.to(device).eval(), processor, label, untrained)
 
 
@@ -223,7 +257,7 @@ def prepare(loaded: Loaded, questions: Sequence[Question], images: Sequence[Imag
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     features = processor(images=list(images), text=prompts, padding=True, return_tensors="pt")
     features = features.to(loaded.model.device, loaded.model.dtype)
-    return Inputs(features, list(images))
+    return Inputs(features, list(images), loaded.model.config.image_token_id)
 
 
 def _chat_prompt(processor: Any, prompt: str) -> str:
@@ -296,25 +330,35 @@ def answer(
     return best
 
 
-def visual_positions(loaded: Loaded, inputs: Inputs, row: int) -> list[int]:
+def visual_positions(inputs: Inputs, row: int) -> list[int]:
     """Positions of the row's visual tokens, counted in its own valid tokens before any pruning."""
     ids = inputs.features["input_ids"][row]
     valid = ids[inputs.features["attention_mask"][row].bool()]
-    return (valid == loaded.model.config.image_token_id).nonzero().flatten().tolist()
+    positions = (valid == inputs.placeholder).nonzero().flatten().tolist()
+    return positions[: len(positions) - inputs.separators]
 
 
-def kept_tokens(loaded: Loaded, inputs: Inputs, answered: Answer, row: int) -> list[list[int]]:
+def kept_tokens(inputs: Inputs, answered: Answer, row: int) -> list[list[int]]:
     """Per stage, the visual tokens of the row that survive it, counted within the row's visual tokens."""
-    index_of = {position: index for index, position in enumerate(visual_positions(loaded, inputs, row))}
+    index_of = {position: index for index, position in enumerate(visual_positions(inputs, row))}
     stages = sorted((record for record in answered.records if record.row == row), key=lambda record: record.stage)
     return [[index_of[p] for p in record.kept_positions.tolist() if p in index_of] for record in stages]
 
 
 def stage_layers(method: PruningMethod, num_hidden_layers: int) -> list[str]:
     """The layers of each panel, the dense beginning first: ``["layers 0-7", "layers 8-15", ...]``."""
-    bounds = [0, *(getattr(method, "layers", None) or ()), num_hidden_layers]
-    pairs = zip(bounds, bounds[1:], strict=False)
-    return [f"layer {a}" if b - a == 1 else f"layers {a}-{b - 1}" for a, b in pairs]
+    from pruneops.methods import PruneVid
+
+    if isinstance(method, PruneVid):
+        return ["before merging", *_layer_names([0, method.selected_layer + 1, num_hidden_layers])]
+    return _layer_names([0, *(getattr(method, "layers", None) or ()), num_hidden_layers])
+
+
+def _layer_names(bounds: Sequence[int]) -> list[str]:
+    names = []
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        names.append("after the last layer" if a == b else f"layer {a}" if b - a == 1 else f"layers {a}-{b - 1}")
+    return names
 
 
 def draw(
@@ -345,18 +389,18 @@ def _row_views(loaded: Loaded, inputs: Inputs, question: Question, answered: Ans
     from pruneops.analysis.pictures import StageView
     from pruneops.models.views import image_views
 
-    kept = kept_tokens(loaded, inputs, answered, row)
+    kept = kept_tokens(inputs, answered, row)
     pixels = inputs.features["pixel_values"][row]
     views = image_views(
         loaded.model.config,
         loaded.processor.image_processor,
-        inputs.images[row],
+        inputs.media[row],
         pixels,
-        len(visual_positions(loaded, inputs, row)),
+        len(visual_positions(inputs, row)),
     )
     for view in views:
         place = {token: index for index, token in enumerate(view.tokens)}
-        title = f"{question.image.name}: {question.prompt}" + (f" ({view.title})" if view.title else "")
+        title = f"{question.path.name}: {question.prompt}" + (f" ({view.title})" if view.title else "")
         inside = [[place[token] for token in stage if token in place] for stage in kept]
         yield StageView(view.image, view.boxes, inside, title)
 

@@ -95,8 +95,8 @@ def draw_stages(
     from PIL import Image, ImageDraw
 
     _check(views, captions, panel_width)
-    body, small = _font(max(11, panel_width // 20)), _font(max(10, panel_width // 24))
-    line, small_line = _line_height(body), _line_height(small)
+    body, small = load_font(max(11, panel_width // 20)), load_font(max(10, panel_width // 24))
+    line, small_line = line_height(body), line_height(small)
     columns = len(captions)
     panels = [[_panel(view, stage, panel_width) for stage in range(columns)] for view in views]
 
@@ -110,27 +110,27 @@ def draw_stages(
     pen = ImageDraw.Draw(page)
 
     if title:
-        pen.text((MARGIN, MARGIN), _fit(title, body, width - 2 * MARGIN), font=body, fill=INK)
+        pen.text((MARGIN, MARGIN), fit_text(title, body, width - 2 * MARGIN), font=body, fill=INK)
     lefts = [MARGIN + column * (panel_width + GAP) for column in range(columns)]
     for left, caption in zip(lefts, captions, strict=True):
-        pen.text((left, top), _fit(caption, body, panel_width), font=body, fill=INK)
+        pen.text((left, top), fit_text(caption, body, panel_width), font=body, fill=INK)
     y = top + line + 4
     for view, row in zip(views, panels, strict=True):
         if view.title:
-            pen.text((MARGIN, y), _fit(view.title, small, width - 2 * MARGIN), font=small, fill=FAINT)
+            pen.text((MARGIN, y), fit_text(view.title, small, width - 2 * MARGIN), font=small, fill=FAINT)
             y += line
         for stage, (left, panel) in enumerate(zip(lefts, row, strict=True)):
             page.paste(panel, (left, y))
             pen.text((left, y + panel.height + 2), _count(view, stage), font=small, fill=FAINT)
         y += row[0].height + small_line + GAP
     if note:
-        pen.text((MARGIN, y), _fit(note, small, width - 2 * MARGIN), font=small, fill=FAINT)
+        pen.text((MARGIN, y), fit_text(note, small, width - 2 * MARGIN), font=small, fill=FAINT)
     return page
 
 
 def _panel(view: StageView, stage: int, width: int) -> Image:
     """The view at one stage (0: before any), scaled to ``width``."""
-    from PIL import Image, ImageDraw
+    from PIL import Image
 
     source = view.image.convert("RGB")
     height = max(1, round(source.height * width / source.width))
@@ -138,23 +138,30 @@ def _panel(view: StageView, stage: int, width: int) -> Image:
     if stage == 0:
         return colour
     dimmed = Image.blend(colour.convert("L").convert("RGB"), Image.new("RGB", colour.size, SHADE), 0.78)
-    scale_x, scale_y = width / source.width, height / source.height
-    mask = Image.new("L", colour.size, 0)
-    cut = ImageDraw.Draw(mask)
-    boxes = [view.boxes[index] for index in view.kept[stage - 1]]
+    mask = mask_of_boxes([view.boxes[index] for index in view.kept[stage - 1]], source.size, colour.size)
+    panel = Image.composite(colour, dimmed, mask)
+    panel.paste(OUTLINE, mask=outline_of(mask))
+    return panel
+
+
+def mask_of_boxes(boxes: Sequence[Box | None], size: tuple[int, int], drawn_size: tuple[int, int]) -> Image:
+    """White where the boxes lie, in a picture of ``size`` (width, height) that is drawn at ``drawn_size``."""
+    from PIL import Image, ImageDraw
+
+    scale_x, scale_y = drawn_size[0] / size[0], drawn_size[1] / size[1]
+    mask = Image.new("L", drawn_size, 0)
+    pen = ImageDraw.Draw(mask)
     for box in boxes:
         if box is not None:
             # Rounding both edges the same way leaves no seam between neighbouring patches.
             left, top = round(box[0] * scale_x), round(box[1] * scale_y)
             right, bottom = round(box[2] * scale_x), round(box[3] * scale_y)
             if right > left and bottom > top:
-                cut.rectangle((left, top, right - 1, bottom - 1), fill=255)
-    panel = Image.composite(colour, dimmed, mask)
-    panel.paste(OUTLINE, mask=_outline(mask))
-    return panel
+                pen.rectangle((left, top, right - 1, bottom - 1), fill=255)
+    return mask
 
 
-def _outline(mask: Image) -> Image:
+def outline_of(mask: Image) -> Image:
     """The inner border, one pixel wide, of the kept area: it tells kept from dropped on dark images too."""
     from PIL import ImageChops, ImageFilter
 
@@ -169,17 +176,17 @@ def _count(view: StageView, stage: int) -> str:
     return f"{left} of {total} ({100 * left / total:.1f} %)" if total else "no visual tokens"
 
 
-def _font(size: int) -> FreeTypeFont | ImageFont:
+def load_font(size: int) -> FreeTypeFont | ImageFont:
     from PIL import ImageFont
 
     return ImageFont.load_default(size=size)
 
 
-def _line_height(font: FreeTypeFont | ImageFont) -> int:
+def line_height(font: FreeTypeFont | ImageFont) -> int:
     return int(font.getbbox("Ag|")[3]) + 4
 
 
-def _fit(text: str, font: FreeTypeFont | ImageFont, width: int) -> str:
+def fit_text(text: str, font: FreeTypeFont | ImageFont, width: int) -> str:
     """``text`` on one line, shortened with dots where it is wider than ``width``."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 
 UNTRAINED_KEY = "pruneops_untrained"
 """Name of the config entry that marks a checkpoint written by :func:`build_small_llava`."""
@@ -155,26 +155,32 @@ def build_small_llava(folder: str | Path, num_visual_tokens: int = 576, seed: in
     The folder as a ``Path``. Its weights are about 90 MB in float32 at the default sizes.
     """
     import torch
-    from transformers import GenerationConfig, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
 
     config = small_llava_config(num_visual_tokens, **config_options)
     processor = small_processor(num_visual_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
-    tokenizer = processor.tokenizer
-    model.generation_config = GenerationConfig(
+    model.generation_config = small_generation_config(processor.tokenizer)
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def small_generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    """Special tokens, and printable ASCII only."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         # Untrained weights would answer with broken UTF-8 and control characters half of the time.
         suppress_tokens=_unprintable(tokenizer),
     )
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    return path
 
 
 def is_untrained(config: object) -> bool:
