@@ -7,6 +7,7 @@ nothing imports transformers.
 from __future__ import annotations
 
 from pruneops.analysis.budget import average_tokens, break_even_tokens, solve_keep_ratios, solve_layers
+from pruneops.analysis.contact_sheet import VideoView, draw_contact_sheet
 from pruneops.analysis.flops import (
     TextShape,
     decode_flops,
@@ -15,6 +16,7 @@ from pruneops.analysis.flops import (
     prefill_flops,
     pyramid_lengths,
     ranking_flops,
+    router_flops,
 )
 from pruneops.analysis.kv import dtype_bytes, kv_bytes, kv_bytes_per_token
 from pruneops.analysis.pictures import StageView, draw_stages, grid_boxes
@@ -22,9 +24,11 @@ from pruneops.analysis.pictures import StageView, draw_stages, grid_boxes
 __all__ = [
     "StageView",
     "TextShape",
+    "VideoView",
     "average_tokens",
     "break_even_tokens",
     "decode_flops",
+    "draw_contact_sheet",
     "draw_stages",
     "dtype_bytes",
     "grid_boxes",
@@ -35,6 +39,7 @@ __all__ = [
     "prefill_flops",
     "pyramid_lengths",
     "ranking_flops",
+    "router_flops",
     "solve_keep_ratios",
     "solve_layers",
 ]

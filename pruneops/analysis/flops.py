@@ -115,6 +115,11 @@ def ranking_flops(config: object, tokens: int, query_rows: int = 1) -> int:
     return keys + queries + scores
 
 
+def router_flops(config: object, tokens: int) -> int:
+    """FLOPs of a router that maps each of ``tokens`` tokens to one logit (p-MoD's weight predictor)."""
+    return 2 * TextShape.from_config(config).hidden_size * tokens
+
+
 def prefill_flops(
     config: object,
     layer_lengths: Sequence[Sequence[int]],

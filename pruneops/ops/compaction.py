@@ -155,3 +155,54 @@ def select_compact(
     return backends.module(backend).select_compact(
         scores, tensors, cu_seqlens, counts, capacity=capacity, protect=protect
     )
+
+
+def scatter_scaled(x: Tensor, residual: Tensor, branch: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """Puts the rows that a block computed back among those it skipped, every row with its weight.
+
+    ``out[t] = residual[i] + weights[t] * branch[i]`` for ``t = indices[i]``, and ``out[t] = weights[t] * x[t]``
+    for every row that no index names.
+
+    Parameters
+    ----------
+    x : ``[total, H]``
+        float32, bfloat16 or float16; float64 runs on the reference backend. Rows that an index names are not read.
+    residual, branch : ``[kept, H]``, the dtype of ``x``
+    weights : float32 ``[total]``
+        float64 as well where ``x`` is. 1 for rows that are not to be weighted.
+    indices : int32 ``[kept]``
+        Rows of ``x``, unique apart from -1, which drops its row of ``residual`` and ``branch``.
+
+    Returns
+    -------
+    ``[total, H]``, contiguous, the dtype of ``x``
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong type, dtype, shape or device; on the CPU in eager mode also an index outside ``[-1, total)`` or one that
+        occurs twice. A device kernel skips an index out of range, and of equal ones takes the last.
+
+    Notes
+    -----
+    O(total x H), one pass over memory. Arithmetic in float32, rounded once. Differentiable once in ``x``, ``residual``,
+    ``branch`` and ``weights``, fused; rows that were not read get a gradient of exactly 0, whatever they hold.
+    Deterministic, forward and backward. Under autocast ``residual`` and ``branch`` are cast to the dtype of ``x``.
+
+    Source: the output of a layer in p-MoD (arXiv 2412.04449), where the weight of a skipped token scales the token.
+    """
+    residual, branch = _checks.autocast_to(x, residual, branch)
+    _checks.tensor("x", x, 2, _checks.FLOATS)
+    _checks.row_indices("indices", indices, x.shape[0], x.device, True)
+    for name, value in (("residual", residual), ("branch", branch)):
+        _checks.tensor(name, value, 2, _checks.FLOATS, x.device, indices.shape[0])
+        if value.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {value.dtype}")
+        if value.shape[1] != x.shape[1]:
+            raise ValueError(f"{name} must have the {x.shape[1]} columns of x, got shape {tuple(value.shape)}")
+    dtypes = _checks.FLOAT32 if x.dtype != torch.float64 else _checks.FLOAT32 | _checks.FLOAT64
+    _checks.tensor("weights", weights, 1, dtypes, x.device, x.shape[0])
+    backend = backends.select("scatter_scaled", x.device.type, x.dtype)
+    if backend == backends.NATIVE:
+        return torch.ops.pruneops.scatter_scaled.default(x, residual, branch, weights, indices)
+    return backends.module(backend).scatter_scaled(x, residual, branch, weights, indices)

@@ -99,3 +99,29 @@ def select_compact(
         protected_counts=protected_counts,
     )
     return gather_rows(tensors, indices), indices, cu_seqlens_out
+
+
+def scatter_scaled(x: Tensor, residual: Tensor, branch: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """``residual[i] + weights[t] * branch[i]`` in row ``t = indices[i]``, ``weights[t] * x[t]`` in every other row.
+
+    Parameters
+    ----------
+    x : float ``[total, H]``
+    residual, branch : ``[kept, H]``
+    weights : float ``[total]``
+    indices : int32 ``[kept]``, unique apart from -1; a row with -1 (or out of range) is dropped
+
+    Returns
+    -------
+    ``[total, H]``, rounded once from float32 (float64 where ``x`` is)
+    """
+    total, out_dtype = x.shape[0], x.dtype
+    dtype = torch.promote_types(out_dtype, torch.float32)
+    rows = _inside(indices, total)
+    named = torch.zeros(total + 1, dtype=torch.bool, device=x.device).index_fill(0, rows, True)[:total]
+    # Zeros in place of the rows that are not read keep what they hold out of every gradient.
+    x, weights = x.to(dtype).masked_fill(named[:, None], 0.0), weights.to(dtype)
+    branch = branch.to(dtype).masked_fill((rows == total)[:, None], 0.0)
+    skipped = torch.cat([weights[:, None] * x, x.new_zeros(1, x.shape[1])])
+    kept = residual.to(dtype) + torch.cat([weights, weights.new_zeros(1)])[rows, None] * branch
+    return skipped.index_copy(0, rows, kept)[:total].to(out_dtype).contiguous()

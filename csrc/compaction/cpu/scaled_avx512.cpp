@@ -1,0 +1,3 @@
+#define PRUNEOPS_ISA_AVX512
+
+#include "compaction/cpu/scaled_impl.h"

@@ -1,0 +1,3 @@
+#define PRUNEOPS_ISA_SCALAR
+
+#include "compaction/cpu/scaled_impl.h"

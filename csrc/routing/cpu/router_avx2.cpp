@@ -1,0 +1,3 @@
+#define PRUNEOPS_ISA_AVX2
+
+#include "routing/cpu/router_impl.h"

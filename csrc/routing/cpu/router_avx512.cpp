@@ -1,0 +1,3 @@
+#define PRUNEOPS_ISA_AVX512
+
+#include "routing/cpu/router_impl.h"

@@ -1,0 +1,3 @@
+#define PRUNEOPS_ISA_AVX512BF16
+
+#include "routing/cpu/router_impl.h"

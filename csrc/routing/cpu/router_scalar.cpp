@@ -1,0 +1,3 @@
+#define PRUNEOPS_ISA_SCALAR
+
+#include "routing/cpu/router_impl.h"
