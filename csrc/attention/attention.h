@@ -98,6 +98,33 @@ struct BackwardParams {
   int64_t num_key_blocks;
 };
 
+// What policy_attention adds: causal self-attention of packed segments in which key j counts
+// policy[j] in the softmax, and 1 for the query of its own row. The maximum is taken over all keys
+// that are seen, whatever they count, and
+//   out = (sum of e v + epsilon / length * sum of the segment's v) / (sum of e + epsilon).
+// Segments are the same for queries and keys; visibility is causal; softmax_lse is not used.
+struct PolicyForwardParams {
+  ForwardParams attention;
+  const float* policy;  // [total]
+  float epsilon;
+  float* softmax_max;  // [num_heads_q, lse_stride] largest scaled score times log2(e)
+  float* softmax_sum;  // [num_heads_q, lse_stride] sum of e, without epsilon
+  float* value_sums;   // [num_segments, num_heads_k, padded_head_dim] scratch
+  int64_t num_segments;
+};
+
+struct PolicyBackwardParams {
+  BackwardParams attention;
+  const float* policy;  // [total]
+  float epsilon;
+  const float* softmax_max;  // [num_heads_q, lse_stride] from the forward pass
+  const float* softmax_sum;  // [num_heads_q, lse_stride] likewise
+  float* dpolicy;            // [total]; every row of every segment is written
+  float* dpolicy_of_heads;   // [num_heads_k, lse_stride] scratch
+  float* dout_sums;          // [num_segments, num_heads_k, padded_head_dim] scratch
+  int64_t num_segments;
+};
+
 struct DecodeParams {
   RowView q;               // [batch, num_heads_q, head_dim]
   RowView k, v;            // slots [batch, capacity, num_heads_k, head_dim]
@@ -154,6 +181,10 @@ struct AttentionKernels {
   int64_t (*workspace_bytes)(const Heads& heads);
   void (*forward)(const ForwardParams& params, const ParallelFor& parallel, char* workspace);
   void (*backward)(const BackwardParams& params, const ParallelFor& parallel, char* workspace);
+  void (*policy_forward)(const PolicyForwardParams& params, const ParallelFor& parallel,
+                         char* workspace);
+  void (*policy_backward)(const PolicyBackwardParams& params, const ParallelFor& parallel,
+                          char* workspace);
   void (*decode)(const DecodeParams& params, const ParallelFor& parallel, char* workspace);
   void (*direct_scores)(const ScoreParams& params, const ParallelFor& parallel, char* workspace);
   void (*column_scores)(const ScoreParams& params, const ParallelFor& parallel, char* workspace);

@@ -1,6 +1,8 @@
 // Torch wrappers of the attention scores, CUDA: last_query_scores, column_scores,
 // kv_limit_from_positions.
 
+#include "attention/attention_cuda.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,45 +10,10 @@
 #include <optional>
 #include <string>
 
-#include "attention/attention_checks.h"
 #include "attention/cuda/scores.h"
-#include "common/cuda_launch.h"
-#include "common/cuda_tensors.h"
 
 namespace pruneops {
 namespace {
-
-// Rows of fp32, bf16 or fp16 heads on the device, each head's elements contiguous.
-Tensor cuda_rows(const Tensor& t, int32_t device, const char* name) {
-  check_cuda(t, device, name);
-  check_dim(t, 3, name);
-  check_floating(t, name);
-  const bool unit = t.size(2) <= 1 || t.stride(2) == 1;
-  return unit ? t : torch::stable::contiguous(t);
-}
-
-// Boundaries of packed queries and keys, which must agree in their number.
-struct Boundaries {
-  Tensor q, k;
-  Tensor scratch;  // [2, num_segments + 1] int32
-  int64_t num_segments;
-
-  Boundaries(const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int32_t device)
-      : q(cuda_cu_seqlens(cu_seqlens_q, device, "cu_seqlens_q")),
-        k(cuda_cu_seqlens(cu_seqlens_k, device, "cu_seqlens_k")),
-        scratch(empty_cuda_int32({2, q.size(0)}, device)),
-        num_segments(q.size(0) - 1) {
-    check_size(k, 0, q.size(0), "cu_seqlens_k");
-  }
-
-  template <class Params>
-  void put_into(Params& params) const {
-    params.cu_seqlens_q = int_data(q);
-    params.cu_seqlens_k = int_data(k);
-    params.num_segments = num_segments;
-    params.bounds = static_cast<int32_t*>(scratch.mutable_data_ptr());
-  }
-};
 
 struct ScoreArguments {
   Visibility visibility;

@@ -17,20 +17,6 @@
 
 namespace pruneops {
 
-inline Tensor empty_float32(const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= sizes[d] > 0 ? sizes[d] : 1;
-  }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 // A CPU tensor of fp32, bf16 or fp16 with `dim` dimensions whose rows are contiguous.
 inline Tensor checked_rows(const Tensor& t, int64_t dim, const char* name) {
   check_cpu(t, name);
@@ -96,14 +82,18 @@ inline void zero_uncovered_rows(const Tensor& t, int64_t begin, int64_t end) {
   });
 }
 
+// Fills the entries of [num_heads, total] outside [begin, end) of each head.
+inline void fill_uncovered_rows(float* of_rows, int64_t num_heads, int64_t total, int64_t begin,
+                                int64_t end, float value) {
+  for_uncovered_rows(begin, end, total, [&](int64_t first, int64_t count) {
+    for (int64_t h = 0; h < num_heads; ++h) std::fill_n(of_rows + h * total + first, count, value);
+  });
+}
+
 // The LSE of rows [num_heads, total] outside [begin, end) is that of a row without keys.
 inline void reset_uncovered_lse(float* lse, int64_t num_heads, int64_t total, int64_t begin,
                                 int64_t end) {
-  for_uncovered_rows(begin, end, total, [&](int64_t first, int64_t count) {
-    for (int64_t h = 0; h < num_heads; ++h) {
-      std::fill_n(lse + h * total + first, count, -std::numeric_limits<float>::infinity());
-    }
-  });
+  fill_uncovered_rows(lse, num_heads, total, begin, end, -std::numeric_limits<float>::infinity());
 }
 
 inline std::vector<Segment> checked_packed_segments(const Tensor& cu_seqlens_q,

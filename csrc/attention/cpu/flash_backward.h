@@ -1,6 +1,7 @@
 // Attention backward. With P = exp(S - LSE), delta = rowsum(dO * O) - dLSE and dS = P * (dO V^T -
 // delta): dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K. P is recomputed tile by tile and never
-// stored.
+// stored. How P and dS come from a tile's products is a template parameter: PlainGradient here,
+// another in policy.h.
 
 #pragma once
 
@@ -92,19 +93,61 @@ PRUNEOPS_INLINE void pack_keys(const BackwardParams& params, const Segment& segm
   Pack<FloatOps<float>>::panels(ws.k_panels, k, first, keys, head_dim);
 }
 
-// Limits, LSE and operands of rows [first, first + rows); returns the largest limit.
-inline int64_t pack_queries(const BackwardParams& params, const Segment& segment, int64_t head_k,
-                            int64_t first, int64_t rows, int64_t first_key, bool panels,
-                            const BackwardWorkspace& ws) {
+// The gradient of varlen_attention's softmax, by one thread.
+class PlainGradient {
+ public:
+  // Before rows [first, first + rows) of the key head are used.
+  PRUNEOPS_INLINE void load_rows(const BackwardParams& params, const Segment& segment,
+                                 int64_t head_k, int64_t first, int64_t rows,
+                                 const BackwardWorkspace& ws) {
+    const Heads& heads = params.heads;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t head = head_k * heads.group + (first + r) % heads.group;
+      const int64_t query = segment.q_begin + (first + r) / heads.group;
+      ws.lse[r] = params.softmax_lse[head * params.lse_stride + query] * kLog2E;
+    }
+  }
+
+  // Before keys of a segment are used, and around what is added up for them: ws.dk and ws.dv, zero
+  // at first.
+  PRUNEOPS_INLINE void load_keys(const Segment&, int64_t /*first_key*/, int64_t /*keys*/) {}
+  PRUNEOPS_INLINE void begin_keys(const BackwardParams&, const Segment&, int64_t /*head_k*/,
+                                  int64_t /*keys*/, const BackwardWorkspace&) {}
+  PRUNEOPS_INLINE void end_keys(const BackwardParams&, const Segment&, int64_t /*head_k*/,
+                                int64_t /*first_key*/, int64_t /*keys*/) {}
+
+  // From ws.p = sign * Q K^T and ws.ds = dO V^T to ws.p = P and ws.ds = softmax_scale * dS, 0 where
+  // masked.
+  PRUNEOPS_INLINE void finish_tile(const BackwardParams& params, const Scale& score_scale,
+                                   const float* delta, int64_t rows, int64_t first_key,
+                                   int64_t keys, const BackwardWorkspace& ws) {
+    const int64_t padded_keys = round_up(keys, kVecWidth);
+    const Vec scale = broadcast(params.softmax_scale);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t count = min_of<int64_t>(ws.limit[r] - first_key, keys);
+      float* p = ws.p + r * kGradKeys;
+      float* ds = ws.ds + r * kGradKeys;
+      probabilities(p, count, padded_keys, score_scale, ws.lse[r]);
+      const int64_t end = count > 0 ? pad_row(ds, count, 0.0f) : 0;
+      const Vec d = broadcast(delta[r]);
+      for (int64_t j = 0; j < end; j += kVecWidth) {
+        store(ds + j, load(p + j) * (load(ds + j) - d) * scale);
+      }
+      for (int64_t j = end; j < padded_keys; j += kVecWidth) store(ds + j, zero());
+    }
+  }
+};
+
+// Limits, softmax state and operands of rows [first, first + rows); returns the largest limit.
+template <class Gradient>
+int64_t pack_queries(const BackwardParams& params, const Segment& segment, int64_t head_k,
+                     int64_t first, int64_t rows, int64_t first_key, bool panels,
+                     Gradient& gradient, const BackwardWorkspace& ws) {
   const Heads& heads = params.heads;
   const int64_t largest =
       row_limits(params.visibility, segment, heads.group, first, rows, ws.limit);
   if (largest <= first_key) return largest;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t head = head_k * heads.group + (first + r) % heads.group;
-    const int64_t query = segment.q_begin + (first + r) / heads.group;
-    ws.lse[r] = params.softmax_lse[head * params.lse_stride + query] * kLog2E;
-  }
+  gradient.load_rows(params, segment, head_k, first, rows, ws);
   const Rows q = query_rows(params.q, segment, heads, head_k);
   const Rows dout = query_rows(params.dout, segment, heads, head_k);
   Pack<FloatOps<float>>::rows(ws.q, ws.padded, q, first, rows, heads.head_dim);
@@ -118,9 +161,10 @@ inline int64_t pack_queries(const BackwardParams& params, const Segment& segment
 
 // ws.p = P and ws.ds = softmax_scale * dS for the packed rows and keys, 0 where masked.
 //   visible  [row groups] keys of the tile that the group sees
-inline void probability_tile(const BackwardParams& params, const float* delta, int64_t rows,
-                             int64_t first_key, int64_t keys, const int32_t* visible,
-                             const BackwardWorkspace& ws) {
+template <class Gradient>
+void probability_tile(const BackwardParams& params, const float* delta, int64_t rows,
+                      int64_t first_key, int64_t keys, const int32_t* visible, Gradient& gradient,
+                      const BackwardWorkspace& ws) {
   const Scale score_scale(params.softmax_scale);
   Product<FloatOps<float>> product;
   product.lda = ws.padded;
@@ -142,20 +186,7 @@ inline void probability_tile(const BackwardParams& params, const float* delta, i
   product.scale = 1.0f;
   multiply<FloatOps<float>, Update::kScale, false>(product);
 
-  const int64_t padded_keys = round_up(keys, kVecWidth);
-  const Vec scale = broadcast(params.softmax_scale);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t count = min_of<int64_t>(ws.limit[r] - first_key, keys);
-    float* p = ws.p + r * kGradKeys;
-    float* ds = ws.ds + r * kGradKeys;
-    probabilities(p, count, padded_keys, score_scale, ws.lse[r]);
-    const int64_t end = count > 0 ? pad_row(ds, count, 0.0f) : 0;
-    const Vec d = broadcast(delta[r]);
-    for (int64_t j = 0; j < end; j += kVecWidth) {
-      store(ds + j, load(p + j) * (load(ds + j) - d) * scale);
-    }
-    for (int64_t j = end; j < padded_keys; j += kVecWidth) store(ds + j, zero());
-  }
+  gradient.finish_tile(params, score_scale, delta, rows, first_key, keys, ws);
 }
 
 // dq [rows, padded] += ds K
@@ -205,9 +236,10 @@ inline void add_key_gradients(const BackwardParams& params, int64_t rows, int64_
 
 // dk and dv of keys [first_key, first_key + keys), and, where dq is given, those keys' part of dq.
 //   dq  [rows of the key head, padded] fp32 or null
-inline void key_block_gradients(const BackwardParams& params, const Segment& segment,
-                                int64_t head_k, int64_t first_key, int64_t keys, float* dq,
-                                const BackwardWorkspace& ws) {
+template <class Gradient>
+void key_block_gradients(const BackwardParams& params, const Segment& segment, int64_t head_k,
+                         int64_t first_key, int64_t keys, float* dq, Gradient& gradient,
+                         const BackwardWorkspace& ws) {
   const Heads& heads = params.heads;
   const int64_t total_rows = segment.q_len * heads.group;
   const float* delta = params.delta + scratch_row(params, segment, head_k);
@@ -216,19 +248,23 @@ inline void key_block_gradients(const BackwardParams& params, const Segment& seg
     store(ws.dk + i, zero());
     store(ws.dv + i, zero());
   }
+  gradient.load_keys(segment, first_key, keys);
+  gradient.begin_keys(params, segment, head_k, keys, ws);
   for (int64_t first = 0; first < total_rows; first += kGradRows) {
     const int64_t rows = min_of(kGradRows, total_rows - first);
-    if (pack_queries(params, segment, head_k, first, rows, first_key, true, ws) <= first_key) {
+    if (pack_queries(params, segment, head_k, first, rows, first_key, true, gradient, ws) <=
+        first_key) {
       continue;
     }
     int32_t visible[kGradRowGroups];
     group_columns(ws.limit, rows, kMicroRows, first_key, keys, visible);
-    probability_tile(params, delta + first, rows, first_key, keys, visible, ws);
+    probability_tile(params, delta + first, rows, first_key, keys, visible, gradient, ws);
     add_key_gradients(params, rows, first_key, keys, ws);
     if (dq != nullptr) {
       add_query_gradient(params, rows, keys, visible, dq + first * ws.padded, ws);
     }
   }
+  gradient.end_keys(params, segment, head_k, first_key, keys);
   const Rows dk = key_rows(params.dk, segment, head_k);
   const Rows dv = key_rows(params.dv, segment, head_k);
   for (int64_t j = 0; j < keys; ++j) {
@@ -247,21 +283,24 @@ PRUNEOPS_INLINE void store_query_gradient(const BackwardParams& params, const Se
 }
 
 // dq of the block's rows, all keys; dq_rows: [rows, padded] fp32 scratch.
-inline void row_block_gradient(const BackwardParams& params, const Block& block, int64_t head_k,
-                               float* dq_rows, const BackwardWorkspace& ws) {
+template <class Gradient>
+void row_block_gradient(const BackwardParams& params, const Block& block, int64_t head_k,
+                        float* dq_rows, Gradient& gradient, const BackwardWorkspace& ws) {
   const Segment& segment = params.segments[block.segment];
   const float* delta = params.delta + scratch_row(params, segment, head_k);
   for (int64_t first = block.begin; first < block.end; first += kGradRows) {
     const int64_t rows = min_of(kGradRows, block.end - first);
     float* dq = dq_rows + (first - block.begin) * ws.padded;
     for (int64_t i = 0; i < rows * ws.padded; i += kVecWidth) store(dq + i, zero());
-    const int64_t largest = pack_queries(params, segment, head_k, first, rows, 0, false, ws);
+    const int64_t largest =
+        pack_queries(params, segment, head_k, first, rows, 0, false, gradient, ws);
     for (int64_t key = 0; key < largest; key += kGradKeys) {
       const int64_t keys = min_of(kGradKeys, segment.k_len - key);
       int32_t visible[kGradRowGroups];
       group_columns(ws.limit, rows, kMicroRows, key, keys, visible);
       pack_keys(params, segment, head_k, key, keys, ws);
-      probability_tile(params, delta + first, rows, key, keys, visible, ws);
+      gradient.load_keys(segment, key, keys);
+      probability_tile(params, delta + first, rows, key, keys, visible, gradient, ws);
       add_query_gradient(params, rows, keys, visible, dq, ws);
     }
     store_query_gradient(params, segment, head_k, first, rows, dq, ws.padded);
@@ -269,13 +308,14 @@ inline void row_block_gradient(const BackwardParams& params, const Block& block,
 }
 
 // All gradients of one whole segment and key head.
-inline void segment_gradients(const BackwardParams& params, const Segment& segment, int64_t head_k,
-                              float* dq, const BackwardWorkspace& ws) {
+template <class Gradient>
+void segment_gradients(const BackwardParams& params, const Segment& segment, int64_t head_k,
+                       float* dq, Gradient& gradient, const BackwardWorkspace& ws) {
   const int64_t rows = segment.q_len * params.heads.group;
   for (int64_t i = 0; i < rows * ws.padded; i += kVecWidth) store(dq + i, zero());
   for (int64_t key = 0; key < segment.k_len; key += kGradKeys) {
     key_block_gradients(params, segment, head_k, key, min_of(kGradKeys, segment.k_len - key), dq,
-                        ws);
+                        gradient, ws);
   }
   store_query_gradient(params, segment, head_k, 0, rows, dq, ws.padded);
 }
@@ -286,7 +326,10 @@ inline int64_t backward_workspace_bytes(int64_t head_dim) {
   return arena.used();
 }
 
-inline void backward(const BackwardParams& params, const ParallelFor& parallel, char* workspace) {
+// make_gradient()  what one thread needs of the kind of gradient
+template <class MakeGradient>
+void run_backward(const BackwardParams& params, const MakeGradient& make_gradient,
+                  const ParallelFor& parallel, char* workspace) {
   const Heads& heads = params.heads;
   const int64_t bytes = backward_workspace_bytes(heads.head_dim);
   const int64_t heads_k = heads.num_heads_k;
@@ -300,13 +343,14 @@ inline void backward(const BackwardParams& params, const ParallelFor& parallel, 
   run_tasks(parallel, row_tasks + key_tasks, workspace, bytes, [&](int64_t task, char* base) {
     Arena arena(base);
     const BackwardWorkspace ws(arena, heads.head_dim);
+    auto gradient = make_gradient();
     const int64_t head_k = task % heads_k;
     if (task < key_tasks) {
       const Block& block = params.key_blocks[task / heads_k];
       const Segment& segment = params.segments[block.segment];
       for (int64_t key = block.begin; key < block.end; key += kGradKeys) {
         key_block_gradients(params, segment, head_k, key, min_of(kGradKeys, block.end - key),
-                            nullptr, ws);
+                            nullptr, gradient, ws);
       }
       return;
     }
@@ -315,11 +359,15 @@ inline void backward(const BackwardParams& params, const ParallelFor& parallel, 
     float* dq =
         params.dq_accumulator + (scratch_row(params, segment, head_k) + block.begin) * ws.padded;
     if (key_tasks == 0) {
-      segment_gradients(params, segment, head_k, dq, ws);
+      segment_gradients(params, segment, head_k, dq, gradient, ws);
     } else {
-      row_block_gradient(params, block, head_k, dq, ws);
+      row_block_gradient(params, block, head_k, dq, gradient, ws);
     }
   });
+}
+
+inline void backward(const BackwardParams& params, const ParallelFor& parallel, char* workspace) {
+  run_backward(params, [] { return PlainGradient(); }, parallel, workspace);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // Attention forward: blocks of query rows against tiles of keys with an online softmax. One task is
-// one block of rows of one key head; the heads of a group share each packed key tile.
+// one block of rows of one key head; the heads of a group share each packed key tile. What a row's
+// softmax weighs and leaves behind is a template parameter: PlainSoftmax here, another in policy.h.
 
 #pragma once
 
@@ -56,15 +57,36 @@ PRUNEOPS_INLINE bool has_few_rows(const Segment& segment, const Heads& heads) {
   return segment.q_len * heads.group <= kFewRows;
 }
 
+// The softmax of varlen_attention: all keys count alike, and a row leaves its LSE.
+struct PlainSoftmax {
+  // What is known of the keys of a tile, by one thread.
+  struct Tile {
+    PRUNEOPS_INLINE Tile(const PlainSoftmax&, const Segment&) {}
+    PRUNEOPS_INLINE void load(int64_t /*first_key*/, int64_t /*keys*/) {}
+    // Weights for a row that sees the tile's first `visible` keys, or all if there are fewer.
+    PRUNEOPS_INLINE EqualWeights row(int64_t /*visible*/) { return {}; }
+  };
+
+  // Takes the state of a finished row and returns what to multiply its sum of values by.
+  //   sum_of_values  [round_up(head_dim, kVecWidth)]
+  PRUNEOPS_INLINE float finish(const ForwardParams& params, const Segment& segment, int64_t query,
+                               int64_t head, float max, float sum, float* /*sum_of_values*/) const {
+    params.softmax_lse[head * params.lse_stride + segment.q_begin + query] = natural_lse(max, sum);
+    return sum == 0.0f ? 0.0f : 1.0f / sum;
+  }
+};
+
 // Scores of the sub-block to weights in the element type of the product with the values.
+template <class Tile>
 PRUNEOPS_INLINE void softmax_rows(const ForwardWorkspace& ws, FloatOps<float>, const Scale& scale,
                                   int64_t row, int64_t rows, int64_t first_key,
-                                  const int32_t* visible) {
+                                  const int32_t* visible, Tile& tile) {
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t keys = visible[r / kMicroRows];
+    const int64_t limit = ws.limit[row + r] - first_key;
     float* s = ws.scores + r * kTileKeys;
-    online_softmax(s, min_of<int64_t>(ws.limit[row + r] - first_key, keys),
-                   round_up(keys, kVecWidth), scale, s, ws.state, row + r);
+    online_softmax(s, min_of(limit, keys), round_up(keys, kVecWidth), scale, s, ws.state, row + r,
+                   tile.row(limit));
   }
 }
 
@@ -73,14 +95,16 @@ PRUNEOPS_INLINE const float* weights_of(const ForwardWorkspace& ws, FloatOps<flo
 }
 
 #if defined(PRUNEOPS_ISA_AVX512BF16)
+template <class Tile>
 PRUNEOPS_INLINE void softmax_rows(const ForwardWorkspace& ws, PairOps, const Scale& scale,
                                   int64_t row, int64_t rows, int64_t first_key,
-                                  const int32_t* visible) {
+                                  const int32_t* visible, Tile& tile) {
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t keys = visible[r / kMicroRows];
-    online_softmax(ws.scores + r * kTileKeys, min_of<int64_t>(ws.limit[row + r] - first_key, keys),
-                   round_up(keys, kVecWidth), scale,
-                   reinterpret_cast<BFloat16*>(ws.weights) + r * kTileKeys, ws.state, row + r);
+    const int64_t limit = ws.limit[row + r] - first_key;
+    online_softmax(ws.scores + r * kTileKeys, min_of(limit, keys), round_up(keys, kVecWidth), scale,
+                   reinterpret_cast<BFloat16*>(ws.weights) + r * kTileKeys, ws.state, row + r,
+                   tile.row(limit));
   }
 }
 
@@ -91,9 +115,9 @@ PRUNEOPS_INLINE const uint32_t* weights_of(const ForwardWorkspace& ws, PairOps) 
 
 // Rows [block.begin, block.end) against all visible keys, in tiles that are packed once for all
 // rows.
-template <class Ops>
+template <class Ops, class Tile>
 void forward_tiles(const ForwardParams& params, const Block& block, int64_t head_k,
-                   const ForwardWorkspace& ws, int64_t visible_keys) {
+                   const ForwardWorkspace& ws, int64_t visible_keys, Tile& tile) {
   using A = typename Ops::A;
   using B = typename Ops::B;
   const Segment& segment = params.segments[block.segment];
@@ -116,6 +140,7 @@ void forward_tiles(const ForwardParams& params, const Block& block, int64_t head
     const int64_t keys = min_of(kTileKeys, visible_keys - first);
     Pack<Ops>::transposed(k, keys_of, first, keys, head_dim, ws.staging);
     if (with_values) Pack<Ops>::panels(v, values_of, first, keys, head_dim);
+    tile.load(first, keys);
     for (int64_t row = 0; row < rows; row += kSubRows) {
       const int64_t sub_rows = min_of(kSubRows, rows - row);
       int32_t visible[kSubGroups], depth_end[kSubGroups];
@@ -134,7 +159,7 @@ void forward_tiles(const ForwardParams& params, const Block& block, int64_t head
       qk.scale = scale.sign;
       multiply<Ops, Update::kScale, false>(qk);
 
-      softmax_rows(ws, Ops(), scale, row, sub_rows, first, visible);
+      softmax_rows(ws, Ops(), scale, row, sub_rows, first, visible, tile);
       if (!with_values) continue;
 
       for (int64_t g = 0; g < kSubGroups; ++g) {
@@ -158,8 +183,9 @@ void forward_tiles(const ForwardParams& params, const Block& block, int64_t head
 
 // The same for few rows, reading keys and values in place, for `count` key heads from head_k on.
 // The rows of the heads follow each other.
-inline void forward_direct(const ForwardParams& params, const Block& block, int64_t head_k,
-                           int64_t count, const ForwardWorkspace& ws, int64_t visible_keys) {
+template <class Tile>
+void forward_direct(const ForwardParams& params, const Block& block, int64_t head_k, int64_t count,
+                    const ForwardWorkspace& ws, int64_t visible_keys, Tile& tile) {
   const Segment& segment = params.segments[block.segment];
   const Heads& heads = params.heads;
   const int64_t rows = block.end - block.begin;
@@ -174,18 +200,20 @@ inline void forward_direct(const ForwardParams& params, const Block& block, int6
   }
   for (int64_t first = 0; first < visible_keys; first += kDirectKeys) {
     const int64_t keys = min_of(kDirectKeys, visible_keys - first);
-    with_direct_tile(keys_of, first, keys, heads.head_dim, ws.staging, [&](const auto& tile) {
-      direct_scores_tile(ws.q, padded, count, rows, tile, keys, padded, ws.scores, kDirectKeys,
+    with_direct_tile(keys_of, first, keys, heads.head_dim, ws.staging, [&](const auto& k) {
+      direct_scores_tile(ws.q, padded, count, rows, k, keys, padded, ws.scores, kDirectKeys,
                          scale.sign);
     });
+    tile.load(first, keys);
     for (int64_t r = 0; r < count * rows; ++r) {
+      const int64_t limit = ws.limit[r % rows] - first;
       float* s = ws.scores + r * kDirectKeys;
-      online_softmax(s, min_of<int64_t>(ws.limit[r % rows] - first, keys),
-                     round_up(keys, kVecWidth), scale, s, ws.state, r);
+      online_softmax(s, min_of(limit, keys), round_up(keys, kVecWidth), scale, s, ws.state, r,
+                     tile.row(limit));
     }
     if (params.out.data == nullptr) continue;
-    with_direct_tile(values_of, first, keys, heads.head_dim, ws.staging, [&](const auto& tile) {
-      direct_values_tile(ws.scores, kDirectKeys, count, rows, tile, keys, padded, ws.out, padded,
+    with_direct_tile(values_of, first, keys, heads.head_dim, ws.staging, [&](const auto& v) {
+      direct_values_tile(ws.scores, kDirectKeys, count, rows, v, keys, padded, ws.out, padded,
                          ws.state.alpha);
     });
   }
@@ -193,26 +221,28 @@ inline void forward_direct(const ForwardParams& params, const Block& block, int6
 
 // Normalises the block's rows of one key head, whose state and sums begin at row `row`, and writes
 // them.
-inline void finish_rows(const ForwardParams& params, const Block& block, int64_t head_k,
-                        int64_t row, const ForwardWorkspace& ws) {
+template <class Softmax>
+void finish_rows(const ForwardParams& params, const Softmax& softmax, const Block& block,
+                 int64_t head_k, int64_t row, const ForwardWorkspace& ws) {
   const Segment& segment = params.segments[block.segment];
   const Heads& heads = params.heads;
   const Rows out = query_rows(params.out, segment, heads, head_k);
   for (int64_t r = block.begin; r < block.end; ++r, ++row) {
     const float sum = reduce_sum(load(ws.state.sum + row * kVecWidth));
     const int64_t head = head_k * heads.group + r % heads.group;
-    params.softmax_lse[head * params.lse_stride + segment.q_begin + r / heads.group] =
-        natural_lse(ws.state.max[row], sum);
+    float* values = ws.out + row * ws.padded;
+    const float factor =
+        softmax.finish(params, segment, r / heads.group, head, ws.state.max[row], sum, values);
     if (params.out.data != nullptr) {
-      store_row(out.at(r), out.type, ws.out + row * ws.padded, heads.head_dim,
-                sum == 0.0f ? 0.0f : 1.0f / sum);
+      store_row(out.at(r), out.type, values, heads.head_dim, factor);
     }
   }
 }
 
 // `count` key heads from head_k on; more than one only for a segment of few rows.
-inline void forward_block(const ForwardParams& params, const Block& block, int64_t head_k,
-                          int64_t count, const ForwardWorkspace& ws) {
+template <class Softmax>
+void forward_block(const ForwardParams& params, const Softmax& softmax, const Block& block,
+                   int64_t head_k, int64_t count, const ForwardWorkspace& ws) {
   const Segment& segment = params.segments[block.segment];
   const Heads& heads = params.heads;
   const int64_t rows = block.end - block.begin;
@@ -221,16 +251,17 @@ inline void forward_block(const ForwardParams& params, const Block& block, int64
   reset(ws.state, count * rows);
   for (int64_t i = 0; i < count * rows * ws.padded; i += kVecWidth) store(ws.out + i, zero());
 
+  typename Softmax::Tile tile(softmax, segment);
   if (has_few_rows(segment, heads)) {
-    forward_direct(params, block, head_k, count, ws, visible_keys);
+    forward_direct(params, block, head_k, count, ws, visible_keys, tile);
 #if defined(PRUNEOPS_ISA_AVX512BF16)
   } else if (params.q.type == FloatType::kBFloat16) {
-    forward_tiles<PairOps>(params, block, head_k, ws, visible_keys);
+    forward_tiles<PairOps>(params, block, head_k, ws, visible_keys, tile);
 #endif
   } else {
-    forward_tiles<FloatOps<float>>(params, block, head_k, ws, visible_keys);
+    forward_tiles<FloatOps<float>>(params, block, head_k, ws, visible_keys, tile);
   }
-  for (int64_t h = 0; h < count; ++h) finish_rows(params, block, head_k + h, h * rows, ws);
+  for (int64_t h = 0; h < count; ++h) finish_rows(params, softmax, block, head_k + h, h * rows, ws);
 }
 
 inline int64_t forward_workspace_bytes(int64_t head_dim) {
@@ -239,7 +270,9 @@ inline int64_t forward_workspace_bytes(int64_t head_dim) {
   return arena.used();
 }
 
-inline void forward(const ForwardParams& params, const ParallelFor& parallel, char* workspace) {
+template <class Softmax>
+void run_forward(const ForwardParams& params, const Softmax& softmax, const ParallelFor& parallel,
+                 char* workspace) {
   const Heads& heads = params.heads;
   const int64_t bytes = forward_workspace_bytes(heads.head_dim);
   const int64_t heads_k = heads.num_heads_k;
@@ -256,8 +289,12 @@ inline void forward(const ForwardParams& params, const ParallelFor& parallel, ch
     }
     Arena arena(base);
     const ForwardWorkspace ws(arena, heads.head_dim);
-    forward_block(params, block, head_k, min_of(together, heads_k - head_k), ws);
+    forward_block(params, softmax, block, head_k, min_of(together, heads_k - head_k), ws);
   });
+}
+
+inline void forward(const ForwardParams& params, const ParallelFor& parallel, char* workspace) {
+  run_forward(params, PlainSoftmax(), parallel, workspace);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include "attention/cpu/decode.h"
 #include "attention/cpu/flash_backward.h"
 #include "attention/cpu/flash_forward.h"
+#include "attention/cpu/policy.h"
 #include "attention/cpu/scores.h"
 
 namespace pruneops {
@@ -21,8 +22,8 @@ int64_t workspace_bytes(const Heads& heads) {
 
 extern const AttentionKernels kAttentionKernels;
 const AttentionKernels kAttentionKernels = {
-    kQueryBlockRows, kGradRows, kGradKeys, kScoreKeys,    workspace_bytes,
-    forward,         backward,  decode,    direct_scores, column_scores,
+    kQueryBlockRows, kGradRows,      kGradKeys,       kScoreKeys, workspace_bytes, forward,
+    backward,        policy_forward, policy_backward, decode,     direct_scores,   column_scores,
 };
 
 }  // namespace PRUNEOPS_ISA_NAMESPACE

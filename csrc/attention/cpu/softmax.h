@@ -52,11 +52,19 @@ PRUNEOPS_INLINE Vec row_max(const float* s, int64_t padded) {
   return m;
 }
 
-// Turns the first `count` scores of a row into exp2(scaled score - max), updating the row's state;
-// `out` may be `s`. Entries [count, zero_to) of out become 0; zero_to is a multiple of kVecWidth.
-template <class T>
+// How much each key of a tile counts in a row's sum: all alike. weights(p, i) is p, the
+// exponentials of keys [i, i + kVecWidth) of the tile, times their weights.
+struct EqualWeights {
+  PRUNEOPS_INLINE Vec operator()(Vec p, int64_t) const { return p; }
+};
+
+// Turns the first `count` scores of a row into exp2(scaled score - max), times the weights of their
+// keys, updating the row's state; `out` may be `s`. The maximum is that of all scores, whatever
+// their weights. Entries [count, zero_to) of out become 0; zero_to is a multiple of kVecWidth.
+template <class T, class Weights = EqualWeights>
 PRUNEOPS_INLINE void online_softmax(float* s, int64_t count, int64_t zero_to, const Scale& scale,
-                                    T* out, const RowStates& state, int64_t r) {
+                                    T* out, const RowStates& state, int64_t r,
+                                    const Weights& weights = Weights()) {
   int64_t padded = 0;
   state.alpha[r] = 1.0f;
   if (count > 0) {
@@ -75,7 +83,7 @@ PRUNEOPS_INLINE void online_softmax(float* s, int64_t count, int64_t zero_to, co
     const Vec minus_shift = broadcast(m == -INFINITY ? 0.0f : -m);
     const Vec factor = broadcast(scale.log2);
     for (int64_t i = 0; i < padded; i += kVecWidth) {
-      const Vec p = exp2(fma(load(s + i), factor, minus_shift));
+      const Vec p = weights(exp2(fma(load(s + i), factor, minus_shift)), i);
       sum = sum + p;
       store(out + i, p);
     }
