@@ -31,7 +31,7 @@ STAMPS := $(VENV)/.stamps
 TORCH_STAMP := $(STAMPS)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 CMAKE_DIR = build/cmake-$(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-SANITIZE_TESTS := $(wildcard $(foreach f,malformed_calls selection compaction attention scores,python_tests/test_$(f)*.py))
+SANITIZE_TESTS := $(wildcard $(foreach f,malformed_calls selection compaction attention policy_attention scores,python_tests/test_$(f)*.py))
 BUILD_INPUTS := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml pruneops/_version.py
 
 # Written once torch is there and given to every later install, so that nothing can move torch.
@@ -107,18 +107,19 @@ test-transformers: build  ## run the model tests on other versions of transforme
 	  echo "--- transformers $$version"; \
 	  PYTHONPATH=$$folder $(PY) -c "import transformers as t; assert t.__version__ == '$$version', t.__version__"; \
 	  PYTHONPATH=$$folder $(PY) -m pytest -q -n $(TEST_JOBS) -m "not slow" python_tests/models \
-	    python_tests/test_pyramiddrop_goldens.py python_tests/test_cache.py python_tests/test_small_model.py; \
+	    python_tests/test_pyramiddrop_goldens.py python_tests/test_prunevid_goldens.py python_tests/test_cache.py python_tests/test_small_model.py; \
 	done
 
 # `make test` covers the instruction set that is active on its own.
 .PHONY: test-isa
-test-isa: build  ## run the attention tests on the other instruction sets of this machine
+test-isa: build  ## run the tests of vectorised kernels on the other instruction sets of this machine
 	@active=$$($(PY) -c 'import pruneops; print(pruneops.build_info()["active_isa"])'); \
 	for isa in scalar avx2 avx512 avx512bf16; do \
 	  if [ $$isa = $$active ]; then continue; fi; \
 	  if PRUNEOPS_CPU_ISA=$$isa $(PY) -c 'import pruneops; pruneops.build_info()' 2>/dev/null; then \
 	    echo "--- PRUNEOPS_CPU_ISA=$$isa"; \
-	    PRUNEOPS_CPU_ISA=$$isa $(PY) -m pytest -q -n $(TEST_JOBS) -m "not slow" python_tests/test_attention_*.py; \
+	    PRUNEOPS_CPU_ISA=$$isa $(PY) -m pytest -q -n $(TEST_JOBS) -m "not slow" python_tests/test_attention_*.py \
+	      python_tests/test_policy_attention.py python_tests/test_scatter_scaled.py python_tests/test_routing.py; \
 	  else echo "--- $$isa: not on this machine"; fi; \
 	done
 

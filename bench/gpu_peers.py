@@ -127,3 +127,34 @@ def column_sum(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
 
 def causal_mask(length: int) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=DEVICE).triu(1)
+
+
+class DensityPeaks:
+    """DPC-kNN as published code has it: whole distance matrices of a batch of equal lengths, one op after another."""
+
+    def __init__(self, batch: int, length: int, clusters: int, k: int) -> None:
+        self.batch, self.length, self.clusters, self.k = batch, length, clusters, k
+        self.ranks = torch.arange(clusters, device=DEVICE).expand(batch, clusters)
+        self.offsets = torch.arange(batch, device=DEVICE)[:, None] * length
+
+    def __call__(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cluster ids ``[total]``, centres ``[batch * clusters]`` and density ``[total]``."""
+        x = x.view(self.batch, self.length, -1).float()
+        distances = torch.cdist(x, x) / x.shape[-1] ** 0.5
+        nearest = distances.topk(self.k, dim=-1, largest=False).values
+        density = (-nearest.square().mean(-1)).exp() + noise.view(self.batch, -1) * 1e-6
+        denser = (density[:, None, :] > density[:, :, None]).to(distances.dtype)
+        largest = distances.flatten(1).amax(-1)[:, None, None]
+        delta = (distances * denser + largest * (1 - denser)).amin(-1)
+        centers = (delta * density).topk(self.clusters, dim=-1).indices
+        to_centers = distances.gather(1, centers[:, :, None].expand(-1, -1, self.length))
+        ids = to_centers.argmin(1).scatter_(1, centers, self.ranks)
+        return ids.flatten(), (centers + self.offsets).flatten(), density.flatten()
+
+
+def index_add_mean(x: Tensor, slots: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """Means of the rows of each cluster, and their number; sums by atomic additions in float32."""
+    sums = x.new_zeros(clusters, x.shape[1], dtype=torch.float32).index_add_(0, slots, x.float())
+    ones = torch.ones_like(slots, dtype=torch.float32)
+    counts = x.new_zeros(clusters, dtype=torch.float32).index_add_(0, slots, ones)
+    return (sums / counts.clamp(min=1)[:, None]).to(x.dtype), counts

@@ -7,10 +7,13 @@ padding done outside the timed call, unsorted top-k where the order does not mat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pruneops.methods.video_merge import refined_labels
 
 
 def _slices(seqlens: Sequence[int]) -> list[slice]:
@@ -86,6 +89,30 @@ def select_chain(scores: Tensor, tensors: Sequence[Tensor], keep: int) -> tuple[
     return index_select_chain(tensors, indices), indices
 
 
+def scaled_in_place(x: Tensor, residual: Tensor, branch: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """Rows put into a clone, all weighted in place, the residual added. Common in published code; differentiable."""
+    out = x.clone()
+    out[indices] = branch
+    out *= weights[:, None].to(x.dtype)
+    out[indices] += residual
+    return out
+
+
+def scaled_copy(x: Tensor, residual: Tensor, branch: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """The same with the fewest passes over memory; differentiable."""
+    scale = weights[:, None].to(x.dtype)
+    return (x * scale).index_copy_(0, indices, torch.addcmul(residual, branch, scale[indices]))
+
+
+# ---------------------------------------------------------------------- routing
+
+
+def tanh_router(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Linear, 0.2 * tanh + 1, and what rows outside ``target`` get; logits and weights in the dtype of ``x``."""
+    logits = F.linear(x, weight[None], bias).squeeze(1)
+    return torch.where(target, logits, -torch.inf), torch.where(target, 0.2 * torch.tanh(logits) + 1.0, 1.0)
+
+
 # ---------------------------------------------------------------------- attention
 
 
@@ -130,6 +157,19 @@ def sdpa_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
+def policy_softmax(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, mask: Tensor) -> Tensor:
+    """Attention ``[B, H, L, D]`` whose softmax counts key ``j`` as ``policy[j]``, 1 for a row's own, in a matrix L x L.
+
+    ``mask`` is boolean ``[.., L, L]``, true where a query sees a key.
+    """
+    length = q.shape[2]
+    logits = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    logits = logits.masked_fill(~mask, -torch.inf).float()
+    counts = policy + (1.0 - policy) * torch.eye(length)
+    e = (logits - logits.amax(-1, keepdim=True)).exp() * counts
+    return ((e + 1e-6 / length) / (e.sum(-1, keepdim=True) + 1e-6)).to(q.dtype) @ v
+
+
 def sdpa_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
     """One query token a row: q ``[B, Hq, 1, D]``, caches ``[B, Hk, L, D]``."""
     return sdpa(q, k_cache, v_cache, causal=False)
@@ -156,3 +196,66 @@ def last_query_mean(q: Tensor, k: Tensor) -> Tensor:
 def column_sum(q: Tensor, k: Tensor) -> Tensor:
     """Attention every key receives under a causal mask: mean over heads, sum over query rows."""
     return _softmax_rows(q, k, causal=True).mean(0).sum(0)
+
+
+# ---------------------------------------------------------------------- clustering
+
+
+def dpc_chain(x: Tensor, clusters: int, k: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """DPC-kNN of equal segments ``[B, N, C]``: ids ``[B, N]`` and centres ``[B, clusters]``.
+
+    The chain of published code, with its N x N mask and float arithmetic on it replaced by one masked fill.
+    """
+    distances = torch.cdist(x, x) / x.shape[-1] ** 0.5
+    nearest = distances.topk(k, dim=-1, largest=False).values
+    density = (-nearest.square().mean(-1)).exp() + noise * 1e-6
+    denser = density[:, None, :] > density[:, :, None]
+    largest = distances.flatten(1).amax(-1)[:, None, None]
+    delta = torch.where(denser, distances, largest).amin(-1)
+    centers = (delta * density).topk(clusters, dim=-1).indices
+    to_centers = distances.gather(1, centers[:, :, None].expand(-1, -1, x.shape[1]))
+    ids = to_centers.argmin(1)
+    return ids.scatter_(1, centers, torch.arange(clusters).expand_as(centers)), centers
+
+
+def mean_index_add(x: Tensor, ids: Tensor, clusters: int) -> Tensor:
+    """Cluster means by ``index_add_`` and a division."""
+    sums = x.new_zeros(clusters, x.shape[1]).index_add_(0, ids, x)
+    return sums / torch.bincount(ids, minlength=clusters).clamp(min=1)[:, None]
+
+
+def mean_sorted(x: Tensor, ids: Tensor, clusters: int) -> Tensor:
+    """Cluster means of rows sorted by cluster, by a segmented reduction."""
+    order = ids.argsort(stable=True)
+    lengths = torch.bincount(ids, minlength=clusters)
+    sums = torch.segment_reduce(x[order], "sum", lengths=lengths, unsafe=True)
+    return sums / lengths.clamp(min=1)[:, None]
+
+
+def _merged_block(block: Tensor, ratio: float, k: int) -> Tensor:
+    """The cluster means of one block of tokens by one-hot products; a block of up to 14 stays."""
+    if block.shape[0] <= 14:
+        return block
+    clusters = int(block.shape[0] * ratio)
+    ids, _ = dpc_chain(block[None], clusters, k, torch.zeros(1, block.shape[0]))
+    members = F.one_hot(ids[0], clusters).to(block.dtype)
+    return (members.T @ block) / members.sum(0)[:, None]
+
+
+def merge_video_loop(
+    frames: Tensor, tau: float, temporal_segment_ratio: float, cluster_ratio: float, k: int = 7
+) -> Tensor:
+    """PruneVid's merging of one video ``[T, P, C]``, segment by segment and frame by frame, as published code does."""
+    features = frames.mean(1)[None]
+    labels, _ = dpc_chain(features, max(1, int(len(frames) * temporal_segment_ratio)), k, torch.zeros(1, len(frames)))
+    merged, start = [], 0
+    for _, run in groupby(refined_labels(labels[0].tolist())):
+        w = len(list(run))
+        segment = frames[start : start + w]
+        start += w
+        unit = F.normalize(segment, dim=-1)
+        pairs = torch.einsum("ipc,jpc->ijp", unit, unit)
+        static = (pairs.sum((0, 1)) - w) / (w * (w - 1)) > tau
+        merged.append(_merged_block(segment[:, static].mean(0), cluster_ratio, k))
+        merged += [_merged_block(frame[~static], cluster_ratio, k) for frame in segment]
+    return torch.cat(merged)

@@ -1,4 +1,4 @@
-"""Ragged attention, forward and backward, and decoding against scaled_dot_product_attention."""
+"""Ragged attention and decoding against scaled_dot_product_attention, policy attention against its eager chain."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def _ours(work: Workload, dtype: torch.dtype) -> tuple[Any, tuple[torch.Tensor, 
     q, k, v = work.qkv(dtype)
     cu_seqlens, longest = work.cu_seqlens(), work.max_seqlen
     return lambda: ops.varlen_attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest), (q, k, v)
+
+
+def _policy(length: int) -> torch.Tensor:
+    """Keeps about half of the keys."""
+    return torch.rand(length, generator=torch.Generator().manual_seed(2)).round()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -152,4 +157,55 @@ def test_decode_attention(versus: Versus, heads: int, kv_heads: int, dtype: torc
         peer_name="SDPA",
         dtype=dtype,
         bytes_moved=k.numel() * k.element_size() * 2,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [576, 1152])
+def test_policy_attention(versus: Versus, length: int, dtype: torch.dtype) -> None:
+    work = workloads.uniform(length)
+    q, k, v = work.qkv(dtype)
+    policy, cu_seqlens = _policy(length), work.cu_seqlens()
+    dense = [peers.head_major(x) for x in (q, k, v)]
+    mask = peers.causal_padding_mask([length])
+    versus(
+        lambda: ops.policy_attention(q, k, v, policy, cu_seqlens, length),
+        lambda: peers.policy_softmax(*dense, policy, mask)[0].transpose(0, 1),
+        op="policy_attention",
+        workload=f"{length} tokens, 32 heads of 128",
+        peer_name="masked softmax, L x L",
+        dtype=dtype,
+        flops=work.attention_flops(),
+    )
+
+
+@pytest.mark.parametrize("length", [576, 1152])
+def test_policy_attention_forward_and_backward(versus: Versus, length: int) -> None:
+    work = workloads.uniform(length)
+    q, k, v = (x.requires_grad_() for x in work.qkv())
+    policy, cu_seqlens = _policy(length).requires_grad_(), work.cu_seqlens()
+    dense = [peers.head_major(x.detach()).requires_grad_() for x in (q, k, v)]
+    mask = peers.causal_padding_mask([length])
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    dense_upstream = peers.head_major(upstream)
+
+    def ours() -> Any:
+        out = ops.policy_attention(q, k, v, policy, cu_seqlens, length)
+        return torch.autograd.grad(out, (q, k, v, policy), upstream)
+
+    def peer() -> Any:
+        return torch.autograd.grad(peers.policy_softmax(*dense, policy, mask), (*dense, policy), dense_upstream)
+
+    def same(a: Any, b: Any) -> None:
+        timing.check(list(a[:3]), [x[0].transpose(0, 1) for x in b[:3]], rtol=1e-3, atol=1e-3)
+        timing.check(a[3], b[3], rtol=1e-3, atol=1e-4 * float(b[3].abs().max()))
+
+    versus(
+        ours,
+        peer,
+        op="policy_attention + backward",
+        workload=f"{length} tokens, 32 heads of 128",
+        peer_name="masked softmax, L x L, + backward",
+        flops=work.attention_flops() * 7 // 2,
+        same=same,
     )

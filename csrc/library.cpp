@@ -20,6 +20,21 @@ STABLE_TORCH_LIBRARY(pruneops, m) {
       "select_compact(Tensor scores, Tensor[] tensors, Tensor cu_seqlens, Tensor keep_counts, "
       "SymInt capacity, Tensor? protect=None) "
       "-> (Tensor[] tensors, Tensor indices, Tensor cu_seqlens_out)");
+  m.def(
+      "scatter_scaled(Tensor x, Tensor residual, Tensor branch, Tensor weights, Tensor indices) "
+      "-> Tensor");
+  m.def(
+      "scatter_scaled_backward(Tensor dout, Tensor x, Tensor branch, Tensor weights, "
+      "Tensor indices) -> (Tensor dx, Tensor dresidual, Tensor dbranch, Tensor dweights)");
+
+  // Routing: a weight for every row, learned.
+  m.def(
+      "router_weights(Tensor x, Tensor weight, Tensor? bias, Tensor? target, str activation, "
+      "float scale, float shift) -> (Tensor logits, Tensor weights)");
+  m.def(
+      "router_weights_backward(Tensor dweights, Tensor logits, Tensor x, Tensor weight, "
+      "Tensor? target, str activation, float scale) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
 
   // Attention over packed sequences and cache slots, and the scores taken from it.
   m.def(
@@ -31,6 +46,15 @@ STABLE_TORCH_LIBRARY(pruneops, m) {
       "Tensor out, Tensor softmax_lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
       "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float softmax_scale, "
       "Tensor? kv_limit=None) -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def(
+      "policy_attention(Tensor q, Tensor k, Tensor v, Tensor policy, Tensor cu_seqlens, "
+      "SymInt max_seqlen, float softmax_scale, float epsilon) "
+      "-> (Tensor out, Tensor softmax_max, Tensor softmax_sum)");
+  m.def(
+      "policy_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor policy, "
+      "Tensor out, Tensor softmax_max, Tensor softmax_sum, Tensor cu_seqlens, SymInt max_seqlen, "
+      "float softmax_scale, float epsilon) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dpolicy)");
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqused_k, "
       "float softmax_scale, int num_splits, bool return_scores) "
@@ -54,4 +78,7 @@ STABLE_TORCH_LIBRARY(pruneops, m) {
   m.def(
       "merge_mean(Tensor x, Tensor cluster_ids, Tensor cu_seqlens, Tensor num_clusters, "
       "SymInt capacity, Tensor? weights=None) -> (Tensor merged, Tensor counts)");
+  m.def(
+      "position_means(Tensor x, Tensor cu_seqlens, Tensor num_positions, SymInt capacity) "
+      "-> (Tensor means, Tensor similarity)");
 }

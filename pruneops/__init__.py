@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "attach", "build_info", "detach", "prune"]
 
 _LAZY_ATTRIBUTES = {"attach": "pruning", "detach": "pruning", "prune": "pruning"}
-_LAZY_MODULES = frozenset({"analysis", "backends", "methods", "models", "ops", "reference", "testing"})
+_LAZY_MODULES = frozenset({"analysis", "backends", "methods", "models", "ops", "reference", "testing", "training"})
 
 
 def build_info() -> dict[str, Any]:

@@ -40,11 +40,17 @@ OPS = (
     "gather_rows",
     "scatter_rows",
     "select_compact",
+    "scatter_scaled",
+    "router_weights",
     "varlen_attention",
+    "policy_attention",
     "decode_attention",
     "last_query_scores",
     "column_scores",
     "kv_limit_from_positions",
+    "dpc_knn",
+    "merge_mean",
+    "position_means",
 )
 
 # Gathering and comparing positions works on any dtype; the other kernels compute in float32.
@@ -61,9 +67,15 @@ UNPROVEN_ON_GPU = frozenset(
         "gather_rows",
         "scatter_rows",
         "select_compact",
+        "scatter_scaled",
+        "router_weights",
+        "policy_attention",
         "last_query_scores",
         "column_scores",
         "kv_limit_from_positions",
+        "dpc_knn",
+        "merge_mean",
+        "position_means",
     }
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from pruneops import ops
 from pruneops.ragged import RaggedBatch
 
 _BLOCK = 64  # slots are handed out in blocks of this many tokens
+_LEAD = 16  # lengths are read back this many tokens before they are needed
 
 
 @dataclass
@@ -29,12 +30,15 @@ class RowState:
         Upper bound of `seqused_k`, known on the host.
     capacity : int
         Slots per row.
+    reading : LengthReading or None
+        A look at the lengths that is under way, where tokens are not always kept.
     """
 
     seqused_k: Tensor
     next_position: Tensor
     bound: int
     capacity: int
+    reading: LengthReading | None = None
 
     def grown(self, tokens: int) -> tuple[int, int]:
         """`bound` and `capacity` once every row has got up to `tokens` more."""
@@ -50,7 +54,55 @@ class RowState:
             self.next_position.index_select(0, index),
             self.bound,
             self.capacity,
+            self.reading,
         )
+
+    def measured(self, tokens: int) -> RowState:
+        """The state before up to `tokens` more come, with a lower `bound` if its slots would not do and it can be had.
+
+        Lengths are read back some tokens before the bound reaches the capacity, so that the copy has arrived when it
+        is needed; nothing waits for it.
+        """
+        state = self
+        if state.reading is not None and state.bound + tokens >= state.capacity:
+            longest = state.reading.arrived()
+            if longest is not None:
+                state = replace(state, bound=longest + state.bound - state.reading.bound, reading=None)
+        if state.reading is None and state.bound + tokens + _LEAD >= state.capacity:
+            state = replace(state, reading=LengthReading(state.seqused_k, state.bound))
+        return state
+
+
+class LengthReading:
+    """A copy of the lengths on its way to the host.
+
+    Parameters
+    ----------
+    seqused_k : Tensor
+        ``(batch,)`` int32 lengths.
+    bound : int
+        Their upper bound, as it was known when the copy was started.
+    """
+
+    def __init__(self, seqused_k: Tensor, bound: int) -> None:
+        self.bound = bound
+        self._event: torch.cuda.Event | None = None
+        if seqused_k.device.type == "cuda":
+            self._host = torch.empty(seqused_k.shape, dtype=seqused_k.dtype, pin_memory=True)
+            self._host.copy_(seqused_k, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = seqused_k
+
+    def arrived(self) -> int | None:
+        """The longest length, or None if the copy is still under way."""
+        if self._event is not None and not self._event.query():
+            return None
+        return int(self._host.max()) if self._host.numel() else 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LengthReading:
+        return self  # never changes
 
 
 class RaggedCacheLayer:
@@ -103,6 +155,18 @@ class RaggedCacheLayer:
         slots.view(batch * slots.shape[1], *new.shape[1:]).index_copy_(0, destination, new.to(slots.dtype))
         return slots
 
+    def settle(self, keys: Tensor, values: Tensor, append: Append) -> None:
+        """Forget the tokens that `append` does not keep, once the layer has attended to all of those written."""
+        if append.kept is not None:
+            if append.packed_slots is not None:
+                batch = append.kept.seqused_k.shape[0]
+                with torch.no_grad():
+                    self.keys = self._store(self.keys, keys.detach(), append.packed_slots, append.kept.capacity, batch)
+                    self.values = self._store(
+                        self.values, values.detach(), append.packed_slots, append.kept.capacity, batch
+                    )
+            self.state = append.kept
+
     def select(self, index: Tensor, state: RowState) -> None:
         if self.keys is not None:
             self.keys = self.keys.index_select(0, index)
@@ -119,6 +183,9 @@ class RaggedCacheLayer:
         state : RowState
             The lengths and the capacity afterwards.
         """
+        if self.keys is None:  # no row has had a token
+            self.state = state
+            return
         batch = self.keys.shape[0]
         with torch.no_grad():
             slots = [t.view(-1, *t.shape[2:]) for t in (self.keys, self.values)]
@@ -217,6 +284,11 @@ class RaggedCache(Cache):
                 moves[id(state)] = source.to(torch.int32), destination.to(torch.int32), shorter
             layer.move(*moves[id(state)])
 
+    def drop_newest(self, layer_idx: int, counts: Tensor) -> None:
+        """Take the newest tokens of every row from a layer: ``counts`` ``(batch,)`` int32, on the device."""
+        layer = self.layers[layer_idx]
+        layer.state = replace(layer.state, seqused_k=layer.state.seqused_k - counts)
+
     def lengths(self, layer_idx: int) -> list[int]:
         """Tokens that each row really holds at a layer. Reads them from the device."""
         state = self.layers[layer_idx].state
@@ -312,12 +384,18 @@ class Append:
         The rows were empty: the chunk's own keys are all there is.
     position_ids : Tensor
         ``(total,)`` int64 rotary positions of the tokens at these layers.
+    kept : RowState or None
+        The lengths after attention, if not all of the tokens stay.
+    packed_slots : Tensor or None
+        ``(total,)`` int64 flat slots that put the tokens that stay before the others; None: they are there already.
     """
 
     destination: Tensor
     after: RowState
     fresh: bool
     position_ids: Tensor
+    kept: RowState | None = None
+    packed_slots: Tensor | None = None
 
 
 class ChunkAppender:
@@ -334,14 +412,16 @@ class ChunkAppender:
     def __init__(self, cache: RaggedCache, next_position: Tensor | None = None) -> None:
         self.cache = cache
         self.next_position = next_position
-        self._plans: dict[tuple[int, int], Append] = {}
+        #: ``(total,)`` bool: which tokens of the batch the layers that are planned from now on keep. None: all.
+        self.keep: Tensor | None = None
+        self._plans: dict[tuple[int, int, int], Append] = {}
         self._pinned: list[Any] = []  # keeps the objects alive whose ids are keys
 
     def plan(self, layer_idx: int, batch: RaggedBatch) -> Append:
         state = self.cache.layers[layer_idx].state
-        key = (id(state), id(batch.origin))
+        key = (id(state), id(batch.origin), id(self.keep))
         if key not in self._plans:
-            self._pinned += [state, batch.origin]
+            self._pinned += [state, batch.origin, self.keep]
             if state is not None and batch.one_token_a_row:
                 self._plans[key] = self._one_token(state, batch)
             else:
@@ -350,13 +430,18 @@ class ChunkAppender:
 
     def _one_token(self, state: RowState, batch: RaggedBatch) -> Append:
         """`_make` for a decoding step, where it runs for every token: the fewest operations."""
+        if self.keep is not None:
+            state = state.measured(1)
         bound, capacity = state.grown(1)
         if self.next_position is None:
             positions, next_position = state.next_position, state.next_position + 1
         else:
             positions, next_position = batch.position_ids, self.next_position
         after = RowState(state.seqused_k + 1, next_position, bound, capacity)
-        return Append(torch.add(state.seqused_k, batch.row_ids, alpha=capacity), after, False, positions)
+        kept = None
+        if self.keep is not None:
+            kept = RowState(state.seqused_k + self.keep, next_position, bound, capacity, state.reading)
+        return Append(torch.add(state.seqused_k, batch.row_ids, alpha=capacity), after, False, positions, kept)
 
     def _make(self, state: RowState | None, batch: RaggedBatch) -> Append:
         new = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).to(torch.int32)
@@ -367,13 +452,30 @@ class ChunkAppender:
             fresh, positions = False, batch.position_ids
             if self.next_position is None:
                 positions = state.next_position.index_select(0, batch.row_ids) + batch.offsets
+        if self.keep is not None:
+            state = state.measured(batch.max_seqlen)
         bound, capacity = state.grown(batch.max_seqlen)
         slot = state.seqused_k.index_select(0, batch.row_ids) + batch.offsets
         next_position = self.next_position
         if next_position is None:
             next_position = batch.position_after_last(positions, state.next_position)
         after = RowState(state.seqused_k + new, next_position, bound, capacity)
-        return Append(batch.row_ids * capacity + slot, after, fresh, positions)
+        kept = packed_slots = None
+        if self.keep is not None:
+            counts, place = _kept_first(self.keep, batch)
+            kept = RowState(state.seqused_k + counts, next_position, bound, capacity, state.reading)
+            packed_slots = batch.row_ids * capacity + slot - batch.offsets + place
+        return Append(batch.row_ids * capacity + slot, after, fresh, positions, kept, packed_slots)
+
+
+def _kept_first(keep: Tensor, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+    """``(batch,)`` int32 how many tokens of each row are kept, ``(total,)`` int64 places in the row, those first."""
+    before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
+    borders = before.index_select(0, batch.cu_seqlens)
+    counts = borders.diff()
+    kept_before = before[:-1] - borders.index_select(0, batch.row_ids)
+    dropped = counts.index_select(0, batch.row_ids) + batch.offsets - kept_before
+    return counts.to(torch.int32), torch.where(keep, kept_before, dropped)
 
 
 def _slots(columns: Tensor, used: Tensor, capacity: int) -> Tensor:

@@ -1,5 +1,5 @@
-"""The command line: ``pruneops run`` answers about images dense and pruned, ``pruneops info`` says what is
-installed."""
+"""The command line: ``pruneops run`` answers about images or videos dense and pruned, ``pruneops info`` says what is
+installed; `pruneops.commands` has the others."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pruneops._version import __version__
+from pruneops.commands import convert, run_inputs, schedule
+from pruneops.commands.arguments import integers, numbers, positive
 
 if TYPE_CHECKING:
     from pruneops.methods import PruningMethod
@@ -20,21 +22,24 @@ if TYPE_CHECKING:
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-DEFAULT_PROMPT = "What is in this picture?"
 
 RUN_TEXT = """\
-Answers a question about one or more images three times: with the stock model, with
+Answers a question about one or more images or videos three times: with the stock model, with
 the ragged decoder but no pruning ("dense"), and pruned. Prints the answers and a table
 of tokens, FLOPs, bytes of keys and values and measured time per group of layers, and
-writes a picture of the patches that each stage kept.
+writes a picture of the patches that each stage kept; of a video, a contact sheet of
+its frames with segments, static and dynamic patches and what was kept.
 
-Several --image or --prompt make one batch: a single one serves every entry of the other.
+Several --image, --video or --prompt make one batch: a single one serves every entry of
+the other.
 """
 RUN_EXAMPLES = """\
 examples:
   pruneops run
   pruneops run --image cat.jpg --prompt "What animal is this?"
   pruneops run --image a.jpg --image b.jpg --layers 2,4,6 --keep 0.5,0.25,0.125
+  pruneops run --video clip.mp4 --prompt "What does the cat do?"
+  pruneops run --video clip.mp4 --num-frames 8 --tau 0.9 --alpha 0.2
   pruneops run --model llava-hf/llava-1.5-7b-hf --image cat.jpg --out kept.png
 
 exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted
@@ -56,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser(
         "run",
-        help="answer about images, dense and pruned, and show what was kept",
+        help="answer about images or videos, dense and pruned, and show what was kept",
         description=RUN_TEXT,
         epilog=RUN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -73,17 +78,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help=f"the question; may be repeated (default: {DEFAULT_PROMPT!r})",
+        help=f"the question; may be repeated (default: {run_inputs.DEFAULT_PROMPT!r}, "
+        f"or {run_inputs.DEFAULT_VIDEO_PROMPT!r})",
     )
     ask.add_argument(
         "--batch",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="repeat the questions until the batch has N rows (default: one row a question)",
     )
     ask.add_argument(
         "--max-new-tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens to answer with at most, chosen greedily (default: 64, or 16 with the small model)",
     )
@@ -92,24 +98,24 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--model",
         metavar="ID_OR_PATH",
-        help="a LLaVA or LLaVA-NeXT checkpoint in Hugging Face format: "
-        "a folder or a hub name (default: a small LLaVA built on the spot, untrained: words mean nothing)",
+        help="a LLaVA or LLaVA-NeXT checkpoint in Hugging Face format, for videos a LLaVA-NeXT-Video, LLaVA-OneVision "
+        "or Video-LLaVA one: a folder or a hub name (default: a small one built on the spot, untrained: words mean "
+        "nothing)",
     )
     how.add_argument(
         "--method",
-        choices=["pyramiddrop"],
-        default="pyramiddrop",
-        help="the pruning method (default: %(default)s)",
+        choices=["pyramiddrop", "prunevid"],
+        help="the pruning method (default: pyramiddrop for images, prunevid for videos)",
     )
     how.add_argument(
         "--layers",
-        type=_integers,
+        type=integers,
         metavar="I,J,...",
         help="decoder layers that run before each drop (default: the quarter points of the depth, 8,16,24 of 32)",
     )
     how.add_argument(
         "--keep",
-        type=_numbers,
+        type=numbers,
         metavar="R,S,...",
         help="share of an image's tokens kept after each drop, in (0, 1], not increasing (default: 0.5,0.25,0.125)",
     )
@@ -133,10 +139,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--repeat",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="answer N times each way and report the fastest (default: up to 3, fewer if slow)",
     )
+
+    run_inputs.add_video_options(run, ask)
 
     out = run.add_argument_group("output")
     out.add_argument(
@@ -162,6 +170,8 @@ def build_parser() -> argparse.ArgumentParser:
         "here, and for every op which backend runs it and why.",
     )
     info.set_defaults(action=_info)
+    schedule.add_parser(commands)
+    convert.add_parser(commands)
     return parser
 
 
@@ -181,6 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fail(error: Exception, code: int) -> int:
     message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and error.name == "av":
+        message = "--video needs PyAV: pip install pruneops[video]"
     if isinstance(error, ModuleNotFoundError) and error.name in ("transformers", "PIL", "tokenizers", "tqdm"):
         message = f"this command needs {error.name}: install pruneops[cli]"
     print(f"pruneops: error: {message}", file=sys.stderr)
@@ -188,22 +200,25 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pruneops import runner
+    from pruneops import runner, video_runner
 
-    questions = _questions(options.image, options.prompt, options.batch)
+    media = video_runner if options.video else runner
+    questions = run_inputs.questions(options)
     picture_path = _picture_path(options.out)
-    images = runner.check_images(questions)
+    progress = runner.Progress(options.quiet)
+    opened = run_inputs.opened(options, questions, progress)
     for path in filter(None, (picture_path, options.json)):
         _make_writable(path)
-    progress = runner.Progress(options.quiet)
     with progress.step("starting torch and transformers"):
-        method = _method(options.method, options.layers, options.keep)
+        method_for = run_inputs.method_for(options)
         _quiet_libraries(keep_bars=options.model is not None and not options.quiet)
     with progress.step("loading the model"):
-        loaded = runner.load(options.model, method, options.dtype, options.device, options.seed)
-    method = method.for_depth(loaded.depth)
-    inputs = runner.prepare(loaded, questions, images)
-    ways = {"stock": None, "dense": _method(options.method, (), ()), "pruned": method}
+        loaded = runner.load(
+            options.model, method_for, options.dtype, options.device, options.seed, bool(options.video)
+        )
+    method = method_for(loaded.depth)
+    inputs = media.prepare(loaded, questions, opened)
+    ways = {"stock": None, "dense": run_inputs.dense_method(), "pruned": method}
     answers: dict[str, Answer] = {}
     for name, way in ways.items():
         with progress.step(f"answering, {name}"):
@@ -220,7 +235,7 @@ def _run(options: argparse.Namespace) -> int:
 
     shown = range(len(set(questions)))
     print(_summary(loaded, questions, method, inputs, answers, shown))
-    picture = runner.draw(loaded, inputs, questions, method, answers["pruned"], shown)
+    picture = media.draw(loaded, inputs, questions, method, answers["pruned"], shown)
     if picture is None:
         print("\nno picture: the patch layout of this checkpoint is not known")
     else:
@@ -260,27 +275,6 @@ def _info(options: argparse.Namespace) -> int:
     return OK
 
 
-def _questions(images: list[Path] | None, prompts: list[str] | None, batch: int | None) -> list[Question]:
-    """Pairs images with prompts; the one that was given once serves all of the other."""
-    from pruneops.runner import ASSET, Question
-
-    paths, texts = images or [ASSET], prompts or [DEFAULT_PROMPT]
-    if len(paths) != len(texts) and 1 not in (len(paths), len(texts)):
-        raise ValueError(
-            f"--prompt must be given once or once per image, got {len(texts)} prompts for {len(paths)} images"
-        )
-    for text in texts:
-        if not text.strip():
-            raise ValueError("--prompt must not be empty")
-    count = max(len(paths), len(texts))
-    questions = [Question(paths[i % len(paths)], texts[i % len(texts)]) for i in range(count)]
-    if batch is not None:
-        if batch < count:
-            raise ValueError(f"--batch must be at least the number of questions ({count}), got {batch}")
-        questions = [questions[i % count] for i in range(batch)]
-    return questions
-
-
 def _picture_path(out: Path) -> Path:
     if out.suffix.lower() in PICTURE_SUFFIXES:
         return out
@@ -296,17 +290,6 @@ def _make_writable(path: Path) -> None:
         raise ValueError(f"cannot write the file {path}")
 
 
-def _method(name: str, layers: Sequence[int] | None, keep: Sequence[float] | None) -> PruningMethod:
-    from pruneops.methods import method_from_dict
-
-    fields: dict[str, Any] = {"method": name}
-    if layers is not None:
-        fields["layers"] = layers
-    if keep is not None:
-        fields["keep_ratios"] = keep
-    return method_from_dict(fields)
-
-
 def _summary(
     loaded: Loaded,
     questions: Sequence[Question],
@@ -315,7 +298,7 @@ def _summary(
     answers: dict[str, Answer],
     shown: Sequence[int],
 ) -> str:
-    from pruneops import runner
+    from pruneops import runner, video_runner
     from pruneops.report import compare
 
     lines = [
@@ -325,19 +308,19 @@ def _summary(
     lines += [f"method  {method}", f"batch   {len(questions)} row{'s' if len(questions) > 1 else ''}"]
     for row in shown:
         question = questions[row]
-        visual = len(runner.visual_positions(loaded, inputs, row))
+        visual = len(runner.visual_positions(inputs, row))
         tokens = int(inputs.features["attention_mask"][row].sum())
         lines += [
             "",
-            f"[{row}] {question.image.name}: {question.prompt}",
-            f"    {visual} visual + {tokens - visual} text tokens",
+            f"[{row}] {question.path.name}: {question.prompt}",
+            f"    {visual} visual + {tokens - visual} text tokens{run_inputs.about(inputs.media[row])}",
         ]
         for name, answered in answers.items():
             same = name == "dense" and answered.texts[row] == answers["stock"].texts[row]
             lines.append(f"    {name:<7} {_printable(answered.texts[row])}" + ("   (as stock)" if same else ""))
     dense, pruned = answers["dense"], answers["pruned"]
     lines += ["", "prefill of the language model, all rows together; layers count from 0", ""]
-    lines.append(compare(dense.report, pruned.report))
+    lines += [compare(dense.report, pruned.report), *video_runner.describe_stages(pruned.report)]
     lines += ["", f"whole answer, {pruned.new_tokens} new tokens, vision tower included"]
     for name, answered in answers.items():
         ratio = answers["stock"].seconds / answered.seconds
@@ -359,11 +342,11 @@ def _document(
     for row, question in enumerate(questions):
         rows.append(
             {
-                "image": str(question.image),
+                **run_inputs.source(question, inputs.media[row]),
                 "prompt": question.prompt,
-                "visual_tokens": len(runner.visual_positions(loaded, inputs, row)),
+                "visual_tokens": len(runner.visual_positions(inputs, row)),
                 "answers": {name: answered.texts[row] for name, answered in answers.items()},
-                "kept": runner.kept_tokens(loaded, inputs, answers["pruned"], row),
+                "kept": runner.kept_tokens(inputs, answers["pruned"], row),
             }
         )
     return {
@@ -404,30 +387,6 @@ def _quiet_libraries(keep_bars: bool) -> None:
 def _printable(text: str) -> str:
     """One line without control characters."""
     return "".join(c if c.isprintable() else " " for c in text).strip() or "(no words)"
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between, got {text!r}") from None
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be numbers with commas between, got {text!r}") from None
 
 
 if __name__ == "__main__":

@@ -57,16 +57,32 @@ class Record:
 
 @dataclass
 class Trace:
-    """What one forward pass over a prompt left behind: lengths, times and, on request, records."""
+    """What one forward pass over a prompt left behind: lengths, times and, on request, records.
+
+    Attributes
+    ----------
+    record : bool
+        Whether to keep records.
+    records : list of Record
+    dense_lengths : list of int
+        Tokens of each row before any pruning.
+    layer_lengths, kv_lengths : list of list of int
+        Per layer the tokens of each row that it ran on, and those whose keys and values stay.
+    """
 
     record: bool = False
     records: list[Record] = field(default_factory=list)
+    dense_lengths: list[int] = field(default_factory=list)
     layer_lengths: list[list[int]] = field(default_factory=list)
+    kv_lengths: list[list[int]] = field(default_factory=list)
+    #: What the method adds to the loss of the model in training.
+    auxiliary_loss: Tensor | None = None
     _marks: list[Any] = field(default_factory=list)
 
-    def restart(self) -> None:
+    def restart(self, dense_lengths: list[int]) -> None:
         """Forget the previous forward pass."""
-        self.records, self.layer_lengths, self._marks = [], [], []
+        self.dense_lengths, self.auxiliary_loss = dense_lengths, None
+        self.records, self.layer_lengths, self.kv_lengths, self._marks = [], [], [], []
 
     def mark(self, device: torch.device) -> None:
         """Note the time without stopping the device."""
@@ -96,6 +112,7 @@ class AttentionCall:
     one_token_a_row: bool
     cache: RaggedCache | None
     append: Append | None
+    policy_epsilon: float = 0.0
 
 
 class Positions(enum.Enum):
@@ -124,6 +141,12 @@ class DecoderState:
         Every row gets one token behind a cache: nothing to prune.
     cache : RaggedCache or None
         Where layers store their keys and values, each those of the batch it was called with.
+    num_layers : int
+        Depth of the model.
+    text_model : nn.Module
+        The model whose layers run; a trainable method finds its modules there.
+    notes : object
+        What the method wants to remember until the end of the pass.
     """
 
     def __init__(
@@ -133,13 +156,22 @@ class DecoderState:
         trace: Trace,
         decoding: bool,
         cache: RaggedCache | None,
+        num_layers: int,
+        text_model: nn.Module,
     ) -> None:
         self.batch = batch
         self.rotary = _RotaryMemo(rotary)
         self.trace = trace
         self.decoding = decoding
         self.cache = cache
+        self.num_layers = num_layers
+        self.text_model = text_model
+        self.notes: Any = None
         self._appender: ChunkAppender | None = None
+        # Those of this pass: checkpointing may run a layer again when the trace is of another one.
+        self._layer_lengths, self._kv_lengths = trace.layer_lengths, trace.kv_lengths
+        self._policy: Tensor | None = None
+        self._policy_epsilon = 0.0
 
     def settle_positions(self, positions: Positions, given: bool) -> None:
         """Fix the positions of the batch, once it is the one that enters layer 0.
@@ -168,6 +200,28 @@ class DecoderState:
         if cache is not None:
             self._appender = ChunkAppender(cache, next_position)
 
+    def keep_in_cache(self, keep: Tensor) -> None:
+        """From here on, layers see all tokens of the batch, and their caches keep some of them only.
+
+        Parameters
+        ----------
+        keep : Tensor
+            ``(total,)`` bool, on the device; nothing reads it back.
+        """
+        self._appender.keep = keep
+
+    def mask_keys(self, policy: Tensor, epsilon: float) -> None:
+        """From here on, the attention among the tokens of the batch is `pruneops.ops.policy_attention`.
+
+        Parameters
+        ----------
+        policy : Tensor
+            ``(total,)`` float32 weight of each token as a key for the others; may want a gradient.
+        epsilon : float
+            That of the op.
+        """
+        self._policy, self._policy_epsilon = policy, epsilon
+
     def call_layer(self, i: int, layer: Callable[..., Tensor], batch: RaggedBatch) -> RaggedBatch:
         """Call decoder layer `i`, or a part of it, on packed tokens; their keys and values go into its cache.
 
@@ -181,23 +235,49 @@ class DecoderState:
         Returns
         -------
         RaggedBatch
-            The same tokens with the values that `layer` returned and the positions that it saw.
+            The same tokens with the values that `layer` returned and the positions that it saw. Without tokens there is
+            nothing to call it on, and it is not called.
         """
         append = None
         if self._appender is not None:
             append = self._appender.plan(i, batch)
             batch = batch.with_position_ids(append.position_ids)
-        if not self.decoding:
-            self.trace.layer_lengths.append(batch.lengths)
-        call = AttentionCall(batch.cu_seqlens, batch.max_seqlen, batch.one_token_a_row, self.cache, append)
+        if not self.decoding and len(self._layer_lengths) == i:  # not when checkpointing runs the layer again
+            self._layer_lengths.append(batch.lengths)
+            self._kv_lengths.append(batch.lengths)
+        if not batch.values.shape[0]:
+            if append is not None:
+                self.cache.layers[i].state = append.after
+            return batch
+        call = AttentionCall(
+            batch.cu_seqlens, batch.max_seqlen, batch.one_token_a_row, self.cache, append, self._policy_epsilon
+        )
+        # The policy goes by place: reentrant checkpoints give gradients to such arguments only.
+        policy = () if self._policy is None else (self._policy,)
+        mask = {} if policy else {"attention_mask": None}
         values = layer(
             batch.values.unsqueeze(0),
-            attention_mask=None,
+            *policy,
+            **mask,
             position_ids=batch.position_ids.unsqueeze(0),
             position_embeddings=self.rotary(batch.position_ids),
             ragged=call,
         )
         return batch.with_values(values.squeeze(0))
+
+    def drop_earlier(self, num_layers: int, before: RaggedBatch) -> None:
+        """Take from the caches of the first layers what is no longer in the batch.
+
+        Parameters
+        ----------
+        num_layers : int
+            Layers 0 to ``num_layers - 1`` are cut.
+        before : RaggedBatch
+            What they ran on.
+        """
+        self.trace.kv_lengths[:num_layers] = [self.batch.lengths] * num_layers
+        if self.cache is not None:
+            self.cache.keep_of_chunk(num_layers, before, self.batch)
 
 
 def pruneops_attention(
@@ -220,6 +300,8 @@ def pruneops_attention(
         ``(1, heads, total, head_dim)``.
     key, value : Tensor
         ``(1, kv_heads, total, head_dim)``.
+    attention_mask : Tensor or None
+        ``(total,)`` policy over the keys, see `DecoderState.mask_keys`.
     ragged : AttentionCall
         Borders of the rows and the cache; only the ragged decoder passes it.
 
@@ -252,20 +334,30 @@ def pruneops_attention(
         layer.write(key, value, append.destination, append.after, ragged.cu_seqlens.shape[0] - 1)
     if append is None or append.fresh:
         cu_seqlens, max_seqlen = ragged.cu_seqlens, ragged.max_seqlen
-        out = ops.varlen_attention(
-            query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scaling
-        )
-        return out.unsqueeze(0), None
-    with torch.no_grad():
-        used = append.after.seqused_k
-        if ragged.one_token_a_row:
-            out = ops.decode_attention(query, layer.keys, layer.values, used, softmax_scale=scaling)
+        if attention_mask is not None:
+            # Mixed-precision wrappers cast it on its way through the layer.
+            policy = attention_mask.to(torch.promote_types(query.dtype, torch.float32))
+            epsilon = ragged.policy_epsilon
+            out = ops.policy_attention(
+                query, key, value, policy, cu_seqlens, max_seqlen, softmax_scale=scaling, epsilon=epsilon
+            )
         else:
-            slots = {"seqused_k": used, "softmax_scale": scaling}
-            limits = ragged.max_seqlen, append.after.bound
-            out = ops.varlen_attention(query, layer.keys, layer.values, ragged.cu_seqlens, None, *limits, **slots)
-    if torch.is_grad_enabled() and query.requires_grad:
-        out = _NoGradientThroughCache.apply(out, query)
+            out = ops.varlen_attention(
+                query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scaling
+            )
+    else:
+        with torch.no_grad():
+            used = append.after.seqused_k
+            if ragged.one_token_a_row:
+                out = ops.decode_attention(query, layer.keys, layer.values, used, softmax_scale=scaling)
+            else:
+                slots = {"seqused_k": used, "softmax_scale": scaling}
+                limits = ragged.max_seqlen, append.after.bound
+                out = ops.varlen_attention(query, layer.keys, layer.values, ragged.cu_seqlens, None, *limits, **slots)
+        if torch.is_grad_enabled() and query.requires_grad:
+            out = _NoGradientThroughCache.apply(out, query)
+    if append is not None:
+        layer.settle(key, value, append)
     return out.unsqueeze(0), None
 
 
@@ -323,19 +415,20 @@ def ragged_forward(
     else:
         batch = pack(inputs_embeds, attention_mask, position_ids, visual_token_mask, labels, prompt_length, num_frames)
     if not decoding:
-        trace.restart()
+        trace.restart(batch.lengths)
+        trace.mark(inputs_embeds.device)
     state = DecoderState(
         batch=batch,
         rotary=lambda positions: text_model.rotary_emb(inputs_embeds, positions.unsqueeze(0)),
         trace=trace,
         decoding=decoding,
         cache=cache,
+        num_layers=text_model.config.num_hidden_layers,
+        text_model=text_model,
     )
     method.before_decoder(state)
     state.settle_positions(method.positions, position_ids is not None)
     hidden_states: list[Tensor] = []
-    if not decoding:
-        trace.mark(inputs_embeds.device)
     for i, layer in enumerate(text_model.layers[: text_model.config.num_hidden_layers]):
         method.before_layer(i, layer, state)
         if output_hidden_states:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import GenerationMixin, LlamaModel, MistralModel, PreTrainedMo
 
 from pruneops import stand_ins
 from pruneops.decoder import ATTENTION_NAME, Record, Trace
+from pruneops.media import MediaNotes
 from pruneops.methods.base import PruningMethod
 from pruneops.report import Report
 from pruneops.stand_ins import RUN_ATTRIBUTE
@@ -35,6 +36,8 @@ class Run:
     ----------
     method : PruningMethod
         The method, with its layers filled in for the model's depth.
+    given_method : PruningMethod
+        The method as it was given: ``layers=None`` stays None and fits another depth later.
     records : list of Record
         With ``record=True``: what every stage did to every row in the latest forward pass over a prompt.
     layer_lengths : list of list of int
@@ -56,15 +59,17 @@ class Run:
         self._text_model = chain[-1]
         self._multimodal = next((m for m in chain if hasattr(m, "get_placeholder_mask")), None)
         self._head = next((m for m in chain if isinstance(m, PreTrainedModel) and isinstance(m, GenerationMixin)), None)
-        self.method = method.for_depth(self._text_model.config.num_hidden_layers)
+        config = (self._multimodal or self._text_model).config
+        self.given_method = method
+        self.method = method.for_model(self._text_model.config.num_hidden_layers, config)
         self.trace = Trace(record=record)
         self._saved: list[tuple[nn.Module, str, Any]] = []
-        # Notes of the stand-ins on the call under way: image tokens (batch, length) and tokens of each image,
-        # whether generate() runs, and the columns of its prompt.
-        self.placeholders: Tensor | None = None
-        self.image_lengths: list[int] | None = None
+        # Notes of the stand-ins on the call under way: its images and videos, whether generate() runs, the columns of
+        # its prompt, and whether its caller gave it positions.
+        self.notes = MediaNotes()
         self.generating = False
         self.prompt_length: int | None = None
+        self.positions_given = False
 
     @property
     def records(self) -> list[Record]:
@@ -77,6 +82,11 @@ class Run:
     @property
     def layer_seconds(self) -> list[float]:
         return self.trace.layer_seconds
+
+    @property
+    def auxiliary_loss(self) -> Tensor | None:
+        """What the method adds to the loss, of the latest pass in training, unless the model has added it already."""
+        return self.trace.auxiliary_loss
 
     def report(self) -> Report:
         """Tokens, FLOPs, key/value bytes and measured time per layer of the latest forward pass over a prompt.
@@ -96,7 +106,9 @@ class Run:
             layer_seconds=self.layer_seconds,
             text_config=self._text_model.config,
             dtype=next(self._text_model.parameters()).dtype,
-            ranked_layers=getattr(self.method, "layers", None) or (),
+            ranked_layers=self.method.ranked_layers,
+            dense_lengths=self.trace.dense_lengths,
+            kv_lengths=self.trace.kv_lengths,
         )
 
     # -- patching ----------------------------------------------------------------------------------------------------
@@ -111,7 +123,7 @@ class Run:
     def __exit__(self, *exc_info: object) -> None:
         self.remove()
 
-    def install(self) -> None:
+    def install(self, add_modules: bool = False) -> None:
         for module in self._patched_modules():
             if getattr(module, RUN_ATTRIBUTE, None) is not None:
                 raise ValueError(
@@ -119,13 +131,25 @@ class Run:
                     f"{getattr(module, RUN_ATTRIBUTE).method}, expected one that is not; leave the other "
                     "`with pruneops.prune(...)` block or call pruneops.detach(model) first"
                 )
+        layers = list(self._text_model.layers)
+        if add_modules:
+            PruningMethod.check_modules(self.method, self._text_model)  # before anything is put in
+            self.method.prepare(self._text_model)
+        try:
+            self.method.check_modules(self._text_model)
+        except ValueError:
+            if list(self._text_model.layers) != layers:
+                self.method.restore(self._text_model)
+            raise
         for module in self._patched_modules():
             self._set(module, RUN_ATTRIBUTE, self)
         self._replace(self._text_model, "forward", stand_ins.text_forward)
         if self._multimodal is not None:
             self._replace(self._multimodal, "forward", stand_ins.multimodal_forward)
-            self._replace(self._multimodal, "get_image_features", stand_ins.get_image_features)
             self._replace(self._multimodal, "get_placeholder_mask", stand_ins.get_placeholder_mask)
+            for name in ("get_image_features", "get_video_features"):
+                if hasattr(type(self._multimodal), name):
+                    self._replace(self._multimodal, name, getattr(stand_ins, name))
         if self._head is not None:
             self._replace(self._head, "forward", stand_ins.head_forward)
             self._replace(self._head, "generate", stand_ins.generate)
@@ -144,6 +168,25 @@ class Run:
             else:
                 module.__dict__[name] = value
         self._saved.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "model: got a model that is being pruned to pickle, expected one that is not; save its state_dict(), use "
+            "save_pretrained(), or call pruneops.detach(model) first"
+        )
+
+    def check_modules(self, missing_keys: Iterable[str]) -> None:
+        """`PruningMethod.check_modules` for the model."""
+        self.method.check_modules(self._text_model, missing_keys)
+
+    def take_modules_out(self) -> None:
+        """Undo what ``install(add_modules=True)`` does beyond `install`."""
+        self.method.restore(self._text_model)
 
     def stock(self, module: nn.Module, name: str) -> Callable[..., Any]:
         """The method of `module` as it was before, bound."""
@@ -167,9 +210,10 @@ def prune(model: nn.Module, method: PruningMethod, record: bool = False) -> Run:
     Parameters
     ----------
     model : nn.Module
-        A Hugging Face LLaVA or LLaVA-NeXT model, or a bare Llama, Qwen2 or Mistral model (then pass
+        A Hugging Face LLaVA, LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision or Video-LLaVA model, a
+        `pruneops.models.PllavaForConditionalGeneration`, or a bare Llama, Qwen2 or Mistral model (then pass
         ``visual_token_mask`` to its ``forward`` or ``generate``: ``(batch, length)`` bool, or int with the number of
-        the image).
+        the image or video, and for videos ``num_frames``: the frames of each in order of appearance in the batch).
     method : PruningMethod
         What to prune, for example ``PyramidDrop(layers=(8, 16, 24), keep_ratios=(0.5, 0.25, 0.125))``.
     record : bool
@@ -183,20 +227,26 @@ def prune(model: nn.Module, method: PruningMethod, record: bool = False) -> Run:
     Raises
     ------
     TypeError, ValueError
-        If the model is not supported, is being pruned already, or the method does not fit its depth.
+        If the model is not supported, is being pruned already, or the method does not fit its depth; if the method is
+        trainable (`PMoD`, `DynamicLlava`) and the model does not carry its modules, which `attach` puts in.
     """
     return Run(model, method, record)
 
 
 def attach(model: nn.Module, method: PruningMethod, record: bool = False) -> Run:
-    """Prune a model until `detach`. Parameters and errors as for `prune`."""
+    """Prune a model until `detach`; a trainable method (`PMoD`, `DynamicLlava`) puts its modules in.
+
+    Otherwise as `prune`.
+
+    Modules that are there already, for example because the model was loaded with them, are used as they are.
+    """
     run = Run(model, method, record)
-    run.install()
+    run.install(add_modules=True)
     return run
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Undo `attach`; the model is exactly as before.
+    """Undo `attach`; the model is exactly as before. Modules of a trainable method are taken out.
 
     Raises
     ------
@@ -209,6 +259,7 @@ def detach(model: nn.Module) -> nn.Module:
             f"model: got a {type(model).__name__} to which nothing is attached, expected one given to pruneops.attach"
         )
     run.remove()
+    run.take_modules_out()
     return model
 
 

@@ -66,6 +66,9 @@ class Entry:
     query_tokens : list of list of int
         Per row the tokens (counted in the row) that the method may ask for scores: with labels the last token before
         every answer, otherwise the last prompt token.
+    supervised : list of list of (int, int) or None
+        With labels, per row its supervised stretches: their first token, counted in the row, and the one after their
+        last. A token at the very beginning of a row is not supervised: nothing predicts it.
     bridges : tuple of (Tensor, Tensor, Tensor)
         Supervised tokens that follow a visual token: their packed index, their row and their flat padded index,
         ``(n,)`` int64 each (see `RaggedBatch.unpack`).
@@ -75,6 +78,7 @@ class Entry:
     source: Tensor
     cu_seqlens_host: list[int]
     query_tokens: list[list[int]]
+    supervised: list[list[tuple[int, int]]] | None
     bridges: tuple[Tensor, Tensor, Tensor]
 
 
@@ -103,6 +107,8 @@ class RaggedBatch:
         ``(total,)`` bool, True for text; only present if some image has text between its pieces.
     entry : Entry
         How the batch came in.
+    in_entry_order : bool
+        `origin` is ascending. False once images were merged.
     """
 
     values: Tensor
@@ -114,6 +120,7 @@ class RaggedBatch:
     spans: list[list[Span]]
     protect: Tensor | None
     entry: Entry
+    in_entry_order: bool = True
 
     @property
     def batch_size(self) -> int:
@@ -141,6 +148,9 @@ class RaggedBatch:
 
     def with_position_ids(self, position_ids: Tensor) -> RaggedBatch:
         return self._with(position_ids=position_ids)
+
+    def with_spans(self, spans: list[list[Span]]) -> RaggedBatch:
+        return self._with(spans=spans)
 
     def _with(self, **changes: Any) -> RaggedBatch:
         # What dataclasses.replace() does, without its cost: this runs once a layer for every decoded token.
@@ -198,6 +208,59 @@ class RaggedBatch:
         )
         return self._selected(scores, old_lengths, keep_counts, spans)
 
+    def best_of_rows(
+        self, scores: Tensor, keep_counts: list[int], protect: Tensor | None, protected_counts: list[int]
+    ) -> tuple[RaggedBatch, Tensor]:
+        """The best-scored tokens of every row, whichever image they are of, and the protected ones, in their order.
+
+        Parameters
+        ----------
+        scores : Tensor
+            ``(total,)`` float32; read at unprotected tokens only.
+        keep_counts, protected_counts : list of int
+            Per row how many unprotected tokens to take, no more than there are, and how many are protected.
+        protect : Tensor or None
+            ``(total,)`` bool.
+
+        Returns
+        -------
+        (RaggedBatch, Tensor)
+            The tokens, as text, and the index of each in this batch, ``(tokens,)`` int32.
+        """
+        carried = [self.values, self.position_ids, self.origin, self.row_ids]
+        counts = None if protect is None else protected_counts
+        kept, indices, cu_seqlens = ops.select_compact(
+            scores, carried, self.cu_seqlens, keep_counts, protect=protect, protected_counts=counts
+        )
+        lengths = [k + p for k, p in zip(keep_counts, protected_counts, strict=True)]
+        return self._as_text(kept, cu_seqlens, lengths), indices
+
+    def taking(self, indices: Tensor, cu_seqlens: Tensor, lengths: list[int]) -> RaggedBatch:
+        """The tokens at some indices, as text.
+
+        Parameters
+        ----------
+        indices : Tensor
+            ``(tokens,)`` int32, rows one behind the other, of any order within a row.
+        cu_seqlens, lengths
+            As the attributes, of the result.
+        """
+        carried = [self.values, self.position_ids, self.origin, self.row_ids]
+        return self._as_text(ops.gather_rows(carried, indices), cu_seqlens, lengths)
+
+    def _as_text(self, carried: list[Tensor], cu_seqlens: Tensor, lengths: list[int]) -> RaggedBatch:
+        values, position_ids, origin, row_ids = carried
+        return self._with(
+            values=values,
+            position_ids=position_ids,
+            origin=origin,
+            row_ids=row_ids,
+            cu_seqlens=cu_seqlens,
+            lengths=lengths,
+            spans=[[Span(0, length, 0, 0)] for length in lengths],
+            protect=None,
+        )
+
     def with_merged(self, values: Tensor, origin: Tensor, row_ids: Tensor, spans: list[list[Span]]) -> RaggedBatch:
         """The batch with other tokens in the place of its images, no text between the pieces of any.
 
@@ -224,6 +287,7 @@ class RaggedBatch:
             row_ids=row_ids,
             spans=spans,
             protect=None,
+            in_entry_order=False,
         )
 
     def position_after_last(self, positions: Tensor, otherwise: Tensor) -> Tensor:
@@ -272,7 +336,7 @@ class RaggedBatch:
           ``generate()`` reads the logits there.
         """
         batch, length = self.entry.padded_shape
-        if self.values.shape[0] == batch * length:
+        if self.values.shape[0] == batch * length and self.in_entry_order:
             return self.values.view(batch, length, -1)
         values, source = self.values, self.entry.source.index_select(0, self.origin)
         for rows, places in (self._bridged_predecessors(), self._last_column()):
@@ -280,7 +344,7 @@ class RaggedBatch:
                 # A merged token may stand in a place that its neighbour needs.
                 taken = torch.zeros(batch * length + 1, dtype=torch.bool, device=source.device)
                 taken.index_fill_(0, places, True)  # -1, the spare last one, is no place
-                source = torch.where(taken.index_select(0, source), -1, source)
+                source = torch.where(taken[source], -1, source)
                 values = torch.cat([values, values.index_select(0, rows)])
                 source = torch.cat([source, places])
         padded = ops.scatter_rows(values, source.to(torch.int32), batch * length)
@@ -311,8 +375,8 @@ class RaggedBatch:
         device = self.values.device
         borders = self.entry.cu_seqlens_host
         batch, length = self.entry.padded_shape
-        cut_at_end = [spans[-1].visual < spans[-1].original_visual for spans in self.spans]
-        rows = [b for b in self.rows if self.lengths[b] and (cut_at_end[b] or borders[b + 1] - borders[b] < length)]
+        changed = [not self.in_entry_order or spans[-1].visual < spans[-1].original_visual for spans in self.spans]
+        rows = [b for b in self.rows if self.lengths[b] and (changed[b] or borders[b + 1] - borders[b] < length)]
         if not rows:
             nothing = torch.empty(0, dtype=torch.int64, device=device)
             return nothing, nothing
@@ -373,7 +437,8 @@ def pack(
     """
     batch, length, hidden = inputs_embeds.shape
     device = inputs_embeds.device
-    valid, visual, labels = _read_back(batch, length, attention_mask, visual_token_mask, labels)
+    valid, numbered, labels = _read_back(batch, length, attention_mask, visual_token_mask, labels)
+    visual = numbered * valid
 
     flat = valid.flatten().nonzero().squeeze(1)
     lengths = valid.sum(1).tolist()
@@ -383,7 +448,7 @@ def pack(
     packed_visual = visual.flatten()[flat]
     spans = [_spans(packed_visual[borders[b] : borders[b + 1]]) for b in range(batch)]
     if num_frames is not None:
-        spans = _with_frames(spans, num_frames)
+        spans = _with_frames(spans, numbered, num_frames)
     protect = None
     if any(span.image and span.length != span.visual for row in spans for span in row):
         protect = to_device(packed_visual == 0, device)
@@ -404,6 +469,7 @@ def pack(
         source=source,
         cu_seqlens_host=borders,
         query_tokens=_query_tokens(valid, labels, prompt_length),
+        supervised=None if labels is None else _supervised(valid, labels),
         bridges=tuple(to_device(t, device) for t in _bridges(valid, visual, labels)),
     )
     return RaggedBatch(
@@ -436,7 +502,7 @@ def pack_one_token(inputs_embeds: Tensor, position_ids: Tensor | None) -> Ragged
         row_ids=rows,
         spans=[[Span(0, 1, 0, 0)]] * batch,
         protect=None,
-        entry=Entry((batch, 1), rows, list(range(batch + 1)), [[0]] * batch, (nothing, nothing, nothing)),
+        entry=Entry((batch, 1), rows, list(range(batch + 1)), [[0]] * batch, None, (nothing, nothing, nothing)),
     )
 
 
@@ -466,7 +532,7 @@ def _read_back(
             f"visual_token_mask: got the value {int(visual.min())}, expected 0 for text or the number of the row's "
             "image (1, 2, ...)"
         )
-    return valid, visual * valid, next(fetched) if labels is not None else None
+    return valid, visual, next(fetched) if labels is not None else None
 
 
 def _spans(visual: Tensor) -> list[Span]:
@@ -490,21 +556,35 @@ def _spans(visual: Tensor) -> list[Span]:
     return spans
 
 
-def _with_frames(spans: list[list[Span]], num_frames: Sequence[int]) -> list[list[Span]]:
-    images = [span for row in spans for span in row if span.image]
-    if len(num_frames) != len(images):
+def _with_frames(spans: list[list[Span]], numbered: Tensor, num_frames: Sequence[int]) -> list[list[Span]]:
+    """The spans with the frames of their images; `numbered` ``(batch, length)`` also has images that are padding."""
+    images = [torch.unique(row[row > 0]).tolist() for row in numbered]
+    without_padding = [[span.image for span in row if span.image] for row in spans]
+    if len(num_frames) == sum(len(row) for row in without_padding):
+        images = without_padding
+    expected = sum(len(row) for row in images)
+    if len(num_frames) != expected:
         raise ValueError(
-            f"num_frames: got {len(num_frames)} entries, expected {len(images)}, one for each video or image of "
+            f"num_frames: got {len(num_frames)} entries, expected {expected}, one for each video or image of "
             "visual_token_mask in order of appearance in the batch"
         )
-    for number, (frames, span) in enumerate(zip(num_frames, images, strict=True)):
-        if frames < 1 or span.visual % frames:
-            raise ValueError(
-                f"num_frames: got {frames} for video {number}, expected a divisor of its {span.visual} visual tokens: "
-                "every frame has as many"
-            )
-    frames_of = iter(num_frames)
-    return [[replace(span, frames=next(frames_of)) if span.image else span for span in row] for row in spans]
+    for number, frames in enumerate(num_frames):
+        if frames < 1:
+            raise ValueError(f"num_frames: got {frames} for video {number}, expected at least 1")
+    frames_of = iter(enumerate(num_frames))
+    framed = []
+    for row, numbers in zip(spans, images, strict=True):
+        of_row = {image: next(frames_of) for image in numbers}
+        framed.append([])
+        for span in row:
+            number, frames = of_row.get(span.image, (0, 1))
+            if span.visual % frames:
+                raise ValueError(
+                    f"num_frames: got {frames} for video {number}, expected a divisor of its {span.visual} visual "
+                    "tokens: every frame has as many"
+                )
+            framed[-1].append(replace(span, frames=frames))
+    return framed
 
 
 def _query_tokens(valid: Tensor, labels: Tensor | None, prompt_length: int | None) -> list[list[int]]:
@@ -519,6 +599,18 @@ def _query_tokens(valid: Tensor, labels: Tensor | None, prompt_length: int | Non
         starts = supervised[1:] & ~supervised[:-1]
         queries.append(starts.nonzero().squeeze(1).tolist())
     return queries
+
+
+def _supervised(valid: Tensor, labels: Tensor) -> list[list[tuple[int, int]]]:
+    """See `Entry.supervised`; CPU tensors."""
+    stretches = []
+    for b in range(valid.shape[0]):
+        supervised = (labels[b][valid[b]] != -100).long()
+        supervised[:1] = 0
+        steps = supervised.diff(append=supervised.new_zeros(1))
+        starts, stops = ((steps == step).nonzero().squeeze(1) + 1 for step in (1, -1))
+        stretches.append(list(zip(starts.tolist(), stops.tolist(), strict=True)))
+    return stretches
 
 
 def _bridges(valid: Tensor, visual: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

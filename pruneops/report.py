@@ -32,8 +32,8 @@ class Report:
 
     Printing it gives a table with one line per group of layers. FLOPs count 2 per multiply-add and cover the
     decoder layers, ``lm_head`` for one token a row, and the ranking before a stage (see
-    :mod:`pruneops.analysis.flops`). KV bytes are those of the tokens, without the spare room of a cache that
-    grows by blocks.
+    :mod:`pruneops.analysis.flops`); the merging of tokens before layer 0 shows in that layer's time only. KV bytes are
+    those of the tokens, without the spare room of a cache that grows by blocks.
 
     Attributes
     ----------
@@ -47,6 +47,8 @@ class Report:
         Layers that a ranking preceded.
     dense_lengths
         Tokens of each row before any pruning.
+    kv_lengths
+        ``kv_lengths[i][b]``: tokens of row b whose keys and values layer i holds after the prefill.
     dtype
         Name of the cache's dtype.
     """
@@ -56,6 +58,7 @@ class Report:
     layer_seconds: tuple[float, ...]
     ranked_layers: tuple[int, ...]
     dense_lengths: tuple[int, ...]
+    kv_lengths: tuple[tuple[int, ...], ...]
     dtype: str
 
     @classmethod
@@ -68,6 +71,7 @@ class Report:
         dtype: object,
         ranked_layers: Sequence[int] = (),
         dense_lengths: Sequence[int] | None = None,
+        kv_lengths: Sequence[Sequence[int]] | None = None,
     ) -> Report:
         """Builds the report from what a run recorded.
 
@@ -85,6 +89,8 @@ class Report:
             0-based layers before which tokens were ranked, so that the ranking's cost is counted.
         dense_lengths
             Tokens of each row before any pruning; by default those of layer 0.
+        kv_lengths
+            Per layer, the tokens of each row that stay in the cache; by default those it was run on.
 
         Raises
         ------
@@ -106,6 +112,11 @@ class Report:
         dense = lengths[0] if dense_lengths is None else tuple(int(n) for n in dense_lengths)
         if len(dense) != rows:
             raise ValueError(f"dense_lengths must have one entry per row ({rows}), got {len(dense)}")
+        kept = lengths if kv_lengths is None else tuple(tuple(int(n) for n in row) for row in kv_lengths)
+        if [len(row) for row in kept] != [rows] * len(lengths):
+            raise ValueError(
+                f"kv_lengths must name {rows} rows at each of {len(lengths)} layers, got {[len(row) for row in kept]}"
+            )
         dtype_bytes(dtype)
         return cls(
             shape=shape,
@@ -113,6 +124,7 @@ class Report:
             layer_seconds=tuple(float(s) for s in layer_seconds),
             ranked_layers=tuple(int(layer) for layer in ranked_layers),
             dense_lengths=dense,
+            kv_lengths=kept,
             dtype=str(dtype).removeprefix("torch."),
         )
 
@@ -137,7 +149,7 @@ class Report:
     @property
     def layer_kv_bytes(self) -> list[int]:
         per_token = kv_bytes_per_token(self.shape, self.dtype)
-        return [per_token * tokens for tokens in self.tokens]
+        return [per_token * sum(lengths) for lengths in self.kv_lengths]
 
     @property
     def lm_head_flops(self) -> int:
@@ -201,6 +213,8 @@ class Report:
             "rows": self.num_rows,
             "dtype": self.dtype,
             "layer_lengths": [list(lengths) for lengths in self.layer_lengths],
+            "kv_lengths": [list(lengths) for lengths in self.kv_lengths],
+            "dense_lengths": list(self.dense_lengths),
             "layer_seconds": list(self.layer_seconds),
             "layer_flops": self.layer_flops,
             "layer_kv_bytes": self.layer_kv_bytes,

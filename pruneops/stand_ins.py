@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pruneops.decoder import Positions, ragged_forward
+from pruneops.media import MODALITIES, mark_frames
 from pruneops.ragged import image_runs
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ RUN_ATTRIBUTE = "_pruneops"
 _NO_VIDEO = -1
 #: What the stand-ins of a forward take beside its own arguments.
 _EXTRA_ARGUMENTS = ("visual_token_mask", "num_frames")
+#: Under which names models take images and videos.
+_PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 
 
 def text_forward(
@@ -52,8 +55,10 @@ def text_forward(
     output_hidden_states = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
     _refuse(self, kwargs, attention_mask, position_ids, inputs_embeds)
     if visual_token_mask is None:
-        placeholders, run.placeholders = run.placeholders, None
-        visual_token_mask = None if placeholders is None else number_images(placeholders, run.image_lengths)
+        numbered = run.notes.number()
+        if numbered is not None:
+            visual_token_mask, frames = numbered
+            num_frames = frames if num_frames is None else num_frames
     batch, columns = inputs_embeds.shape[:2]
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     if use_cache is None:
@@ -66,12 +71,17 @@ def text_forward(
         # Without a cache generate() feeds the whole text each time; the prompt is what came first.
         run.prompt_length = prompt_length = run.prompt_length or columns
         if run.method.positions is not Positions.GIVEN:
-            # Behind right padding generate() counts on from the padding; the decoder numbers the real tokens.
             position_ids = None
-    if self.training and pruning_labels is None and visual_token_mask is not None:
+    elif isinstance(visual_token_mask, Tensor) and not use_cache and past == 0:
+        # What comes behind the columns of the mask was generated.
+        prompt_length = min(visual_token_mask.shape[-1], columns)
+    if run.generating and not run.positions_given:
+        # Behind right padding generate() counts on from the padding; the decoder numbers the real tokens.
+        position_ids = None
+    if self.training and pruning_labels is None and visual_token_mask is not None and run.method.asks_labels:
         warnings.warn(
             "training without labels in the call of the model (label smoothing and custom losses take them out): "
-            "tokens are ranked by the last token of each row, as for a prompt, not by the tokens before the answers",
+            "tokens are ranked by the end of each row, as for a prompt, not by what stands before the answers",
             stacklevel=2,
         )
     outputs = ragged_forward(
@@ -82,7 +92,7 @@ def text_forward(
         attention_mask=_columns(attention_mask, "attention_mask", batch, past, columns, None),
         position_ids=_last_columns(position_ids, batch, columns),
         visual_token_mask=_columns(visual_token_mask, "visual_token_mask", batch, past, columns, 0),
-        num_frames=_frames(num_frames),
+        num_frames=_new_frames(num_frames, visual_token_mask, past, columns),
         labels=_columns(pruning_labels, "labels", batch, 0, columns, None),
         past_key_values=past_key_values,
         use_cache=use_cache,
@@ -146,10 +156,8 @@ def _columns(mask: Tensor | None, name: str, batch: int, past: int, columns: int
     return nn.functional.pad(mask, (0, past + columns - mask.shape[1]), value=pad)[:, past:]
 
 
-def _frames(num_frames: Sequence[int] | Tensor | None) -> list[int] | None:
+def _frames(num_frames: Sequence[int] | Tensor) -> list[int]:
     """Frames of every video in order, from what the caller gave or from the rows that `frames_by_row` made of it."""
-    if num_frames is None:
-        return None
     if isinstance(num_frames, Tensor):
         if num_frames.is_floating_point() or num_frames.is_complex() or num_frames.dtype == torch.bool:
             raise TypeError(f"num_frames: got {num_frames.dtype}, expected integers")
@@ -163,19 +171,44 @@ def _frames(num_frames: Sequence[int] | Tensor | None) -> list[int] | None:
     return list(num_frames)
 
 
-def frames_by_row(num_frames: Sequence[int] | Tensor, visual_token_mask: Tensor) -> Tensor:
-    """``(batch, most videos a row)`` int64: the frames of every row's videos, so that `generate` can repeat rows."""
-    visual = visual_token_mask.cpu()
-    visual = image_runs(visual) if visual.dtype == torch.bool else visual
+def _new_frames(
+    num_frames: Sequence[int] | Tensor | None, visual_token_mask: Tensor | None, past: int, columns: int
+) -> list[int] | None:
+    """`_frames` of the videos in the `columns` columns after `past` ones, where the mask covers all turns."""
+    if num_frames is None or (past and columns == 1):  # decoding: nothing to read back
+        return None
     frames = _frames(num_frames)
+    if visual_token_mask is None or visual_token_mask.shape[1] < past + columns or not past:
+        return frames
+    numbered = _numbered(visual_token_mask)[:, : past + columns]
+    videos = [torch.unique(row[row > 0]).tolist() for row in numbered]
+    if len(frames) != sum(map(len, videos)):
+        return frames
+    frames_of = iter(frames)
+    pairs = [[(video, next(frames_of)) for video in row] for row in videos]
+    return [n for row, of_row in zip(numbered, pairs, strict=True) for v, n in of_row if bool((row[past:] == v).any())]
+
+
+def _numbered(visual_token_mask: Tensor) -> Tensor:
+    visual = visual_token_mask.cpu()
+    return image_runs(visual) if visual.dtype == torch.bool else visual
+
+
+def frames_by_row(
+    num_frames: Sequence[int] | Tensor, visual_token_mask: Tensor, attention_mask: Tensor | None
+) -> Tensor:
+    """``(batch, most videos a row)`` int64 on the CPU: the frames of every row's videos; `generate` can repeat rows."""
+    visual, frames = _numbered(visual_token_mask), _frames(num_frames)
     counts = [int(torch.unique(row[row > 0]).numel()) for row in visual]
+    if len(frames) != sum(counts) and attention_mask is not None and attention_mask.shape == visual.shape:
+        counts = [int(torch.unique(row[row > 0]).numel()) for row in visual * (attention_mask.cpu() != 0)]
     if len(frames) != sum(counts):
         raise ValueError(
             f"num_frames: got {len(frames)} entries, expected {sum(counts)}, one for each video or image of "
             "visual_token_mask in order of appearance in the batch"
         )
     rows = torch.tensor(frames, dtype=torch.int64).split(counts)
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_NO_VIDEO).to(visual_token_mask.device)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_NO_VIDEO)
 
 
 def _last_columns(position_ids: Tensor | None, batch: int, columns: int) -> Tensor | None:
@@ -221,35 +254,65 @@ def head_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return stock(*args, **kwargs)
     # A copy: the decoder masks labels that no token is left to predict.
     bound.arguments["labels"] = labels.clone()
-    return stock(*bound.args, **bound.kwargs, pruning_labels=bound.arguments["labels"])
+    outputs = stock(*bound.args, **bound.kwargs, pruning_labels=bound.arguments["labels"])
+    trace = getattr(self, RUN_ATTRIBUTE).trace
+    extra, trace.auxiliary_loss = trace.auxiliary_loss, None
+    if extra is None:
+        return outputs
+    items = kwargs.get("num_items_in_batch")
+    if items is not None:
+        # The stock loss is a sum over this batch divided by the labels of all batches of a step; so each batch brings
+        # its share of the method's loss.
+        extra = extra * (labels[:, 1:] != -100).sum() / items
+    if isinstance(outputs, tuple):
+        return outputs[0] + extra, *outputs[1:]
+    outputs.loss = outputs.loss + extra
+    return outputs
 
 
 def multimodal_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Forward of the model between images and text: notes which tokens are whose image."""
+    """Forward of the model between encoders and text: notes which tokens are whose image or video."""
     run: Run = getattr(self, RUN_ATTRIBUTE)
-    run.placeholders = run.image_lengths = None
-    encoded = kwargs.get("mm_encoder_outputs")
-    if encoded and encoded.get("image") is not None:
-        run.image_lengths = [len(features) for features in encoded["image"].pooler_output]
+    run.notes.clear()
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    for modality in MODALITIES:
+        if encoded.get(modality) is not None:
+            run.notes.note_features(self, modality, encoded[modality])
     try:
         return run.stock(self, "forward")(*args, **kwargs)
     finally:
-        run.placeholders = run.image_lengths = None
+        run.notes.clear()
 
 
 def get_image_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     run: Run = getattr(self, RUN_ATTRIBUTE)
     outputs = run.stock(self, "get_image_features")(*args, **kwargs)
-    features = getattr(outputs, "pooler_output", None)
-    run.image_lengths = None if features is None else [len(f) for f in features]
+    run.notes.note_features(self, "image", outputs)
+    return outputs
+
+
+def get_video_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    run: Run = getattr(self, RUN_ATTRIBUTE)
+    stock = run.stock(self, "get_video_features")
+    outputs = stock(*args, **kwargs)
+    given = inspect.signature(stock).bind_partial(*args, **kwargs).arguments
+    pixels = next((given[name] for name in ("pixel_values_videos", "pixel_values") if name in given), None)
+    if isinstance(pixels, Tensor) and pixels.dim() == 5:  # (videos, frames, channels, height, width)
+        mark_frames(outputs, pixels.shape[1])
+    run.notes.note_features(self, "video", outputs)
     return outputs
 
 
 def get_placeholder_mask(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     run: Run = getattr(self, RUN_ATTRIBUTE)
-    mask = run.stock(self, "get_placeholder_mask")(*args, **kwargs)
-    run.placeholders = mask[..., 0]
-    return mask
+    stock = run.stock(self, "get_placeholder_mask")
+    masks = stock(*args, **kwargs)
+    given = inspect.signature(stock).bind_partial(*args, **kwargs).arguments
+    for i, modality in enumerate(MODALITIES):
+        if given.get(f"{modality}_features") is not None:
+            mask = masks if isinstance(masks, Tensor) else masks[i]
+            run.notes.placeholders[modality] = mask[..., 0]
+    return masks
 
 
 def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -257,8 +320,11 @@ def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     bound = inspect.signature(run.stock(self, "generate")).bind_partial(*args, **kwargs)
     _refuse_generation(self, {**bound.arguments, **bound.arguments.get("kwargs", {})})
     if kwargs.get("num_frames") is not None and kwargs.get("visual_token_mask") is not None:
-        kwargs["num_frames"] = frames_by_row(kwargs["num_frames"], kwargs["visual_token_mask"])
+        kwargs["num_frames"] = frames_by_row(
+            kwargs["num_frames"], kwargs["visual_token_mask"], kwargs.get("attention_mask")
+        )
     run.generating, run.prompt_length = True, None
+    run.positions_given = kwargs.get("position_ids") is not None
     try:
         return run.stock(self, "generate")(*args, **kwargs)
     finally:
@@ -296,58 +362,10 @@ def _refuse_generation(model: nn.Module, kwargs: dict[str, Any]) -> None:
     if (
         kwargs.get("inputs_embeds") is not None
         and kwargs.get("visual_token_mask") is None
-        and kwargs.get("pixel_values") is None
+        and all(kwargs.get(name) is None for name in (*_PIXELS, "mm_encoder_outputs"))
     ):
         warnings.warn(
-            "generate() got inputs_embeds but neither pixel_values nor visual_token_mask: no token is known to be "
+            "generate() got inputs_embeds but neither pixel values nor visual_token_mask: no token is known to be "
             "visual, so nothing is pruned",
             stacklevel=3,
         )
-
-
-def number_images(placeholders: Tensor, image_lengths: list[int] | None) -> Tensor:
-    """Number the images of each row.
-
-    Parameters
-    ----------
-    placeholders : Tensor
-        ``(batch, length)`` bool, True at image tokens.
-    image_lengths : list of int or None
-        Tokens of every image, in order over the whole batch; None: every maximal run is an image.
-
-    Returns
-    -------
-    Tensor
-        ``(batch, length)`` int64: 0 for text, i for the row's i-th image.
-
-    Raises
-    ------
-    ValueError
-        If an image would be spread over two rows.
-    """
-    if image_lengths is None:
-        return image_runs(placeholders)
-    flat = placeholders.flatten().cpu()
-    columns = placeholders.shape[1]
-    rows = flat.nonzero().squeeze(1) // columns
-    image = torch.repeat_interleave(torch.arange(len(image_lengths)), torch.tensor(image_lengths, dtype=torch.int64))
-    if image.numel() != rows.numel():
-        raise ValueError(
-            f"input_ids: got {rows.numel()} image placeholders, expected {image.numel()}, one for each token of the "
-            f"{len(image_lengths)} images"
-        )
-    if not image.numel():
-        return torch.zeros_like(placeholders, dtype=torch.int64)
-    first_row = torch.full((len(image_lengths),), columns * placeholders.shape[0]).scatter_reduce(
-        0, image, rows, "amin"
-    )
-    if bool((rows != first_row[image]).any()):
-        spread = int(image[rows != first_row[image]][0])
-        raise ValueError(
-            f"input_ids: the placeholders of image {spread} are spread over two rows, expected all "
-            f"{image_lengths[spread]} in one; the rows' numbers of placeholders do not match their images"
-        )
-    first_image = torch.full((placeholders.shape[0],), len(image_lengths)).scatter_reduce(0, rows, image, "amin")
-    numbers = torch.zeros(flat.shape[0], dtype=torch.int64)
-    numbers[flat] = image - first_image[rows] + 1
-    return numbers.view_as(placeholders).to(placeholders.device)

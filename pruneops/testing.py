@@ -316,3 +316,128 @@ def peer_scores(
         if rows.stop > rows.start:
             scores[keys] = reductions[query_reduce](reductions[head_reduce](probs, 0), 0)
     return scores
+
+
+def peer_scatter_scaled(x: Tensor, residual: Tensor, branch: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """scatter_scaled as a chain of plain torch ops, all of them in the dtype of ``x``."""
+    chosen, scale = indices >= 0, weights.to(x.dtype)[:, None]
+    rows = indices[chosen].long()
+    mixed = x.index_put((rows,), branch[chosen]) * scale
+    return mixed.index_put((rows,), residual[chosen] + scale[rows] * branch[chosen])
+
+
+def peer_router(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    target: Tensor | None = None,
+    activation: str = "tanh",
+    scale: float = 1.0,
+    shift: float = 0.0,
+    order: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """router_weights as a chain of plain torch ops in the dtype of ``x``; ``order`` is in `PEER_ORDERS`."""
+    if order:
+        generator = torch.Generator().manual_seed(order)
+        columns, rows = (torch.randperm(n, generator=generator) for n in (x.shape[1], x.shape[0]))
+        options = {"activation": activation, "scale": scale, "shift": shift}
+        moved = None if target is None else target[rows]
+        logits, weights = peer_router(x[rows][:, columns], weight[columns], bias, target=moved, **options)
+        back = rows.argsort()
+        return logits[back], weights[back]
+    logits = torch.nn.functional.linear(x, weight[None], bias)[:, 0]
+    activate = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "none": torch.clone}[activation]
+    weights = scale * activate(logits) + shift
+    if target is None:
+        return logits, weights
+    return torch.where(target, logits, -torch.inf), torch.where(target, weights, 1.0)
+
+
+def _peer_policy_segments(
+    inputs: AttentionInputs, policy: Tensor, softmax_scale: float | None, order: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Per segment its rows, its logits in float32, -inf where not causal, and what each key counts in each row."""
+    q, k = inputs.q, inputs.k
+    if order:
+        dims = torch.randperm(q.shape[-1], generator=torch.Generator().manual_seed(order))
+        q, k = q[..., dims], k[..., dims]
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    cu = inputs.cu_seqlens_q.tolist()
+    for start, stop in zip(cu[:-1], cu[1:], strict=True):
+        if start == stop:
+            continue
+        rows, own = slice(start, stop), torch.eye(stop - start)
+        keys = k[rows].repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1)
+        logits = (q[rows].transpose(0, 1) @ keys.transpose(1, 2)) * scale
+        logits = logits.masked_fill(torch.ones_like(own).triu(1).bool(), -torch.inf).float()
+        yield rows, logits, policy[rows] + (1.0 - policy[rows]) * own
+
+
+def peer_policy_attention(
+    inputs: AttentionInputs,
+    policy: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    epsilon: float = 1e-6,
+    order: int = 0,
+) -> Tensor:
+    """Differentiable ``out`` of policy_attention in plain torch: products in the inputs' dtype, softmax in float32.
+
+    ``order`` is one of :data:`PEER_ORDERS`.
+    """
+    q, v = inputs.q, inputs.v
+    outs, end = [], 0
+    for rows, logits, counts in _peer_policy_segments(inputs, policy, softmax_scale, order):
+        e = (logits - logits.detach().amax(-1, keepdim=True)).exp() * counts
+        values = v[rows].repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(0, 1)
+        above, below = e + epsilon / e.shape[-1], e.sum(-1, keepdim=True) + epsilon
+        product = (
+            (above.to(v.dtype) @ values) / below.to(v.dtype) if order % 2 else (above / below).to(v.dtype) @ values
+        )
+        outs.append(product.transpose(0, 1))
+        end = rows.stop
+    outs.append(q.new_zeros(q.shape[0] - end, *q.shape[1:]))
+    return torch.cat(outs)
+
+
+def peer_policy_gradients(
+    inputs: AttentionInputs,
+    policy: Tensor,
+    dout: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    epsilon: float = 1e-6,
+    order: int = 0,
+) -> list[Tensor]:
+    """dq, dk, dv and dpolicy as fast kernels compute them, which autograd of a softmax does not.
+
+    ``de = (dP - rowsum(dout * out)) / (sum of e + epsilon)``: where the two cancel, as in a row with one key, autograd
+    is exact and this is not. Logits are computed anew, in another ``order``, while the largest and the sum are those of
+    the forward pass.
+    """
+    q, k, v = inputs.q, inputs.k, inputs.v
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    group = q.shape[1] // k.shape[1]
+    dq, dk, dv, dpolicy = (torch.zeros_like(x) for x in (q, k, v, policy))
+    forward = _peer_policy_segments(inputs, policy, softmax_scale, 0)
+    again = _peer_policy_segments(inputs, policy, softmax_scale, order)
+    for (rows, first, counts), (_, logits, _) in zip(forward, again, strict=True):
+        largest = first.amax(-1, keepdim=True)
+        e = (logits - largest).exp()
+        queries, upstream = q[rows].transpose(0, 1), dout[rows].transpose(0, 1)
+        keys, values = (x[rows].repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
+        below = ((first - largest).exp() * counts).sum(-1, keepdim=True) + epsilon
+        weights = ((e * counts + epsilon / e.shape[-1]) / below).to(q.dtype)
+        delta = (upstream * (weights @ values)).sum(-1, keepdim=True)
+        change = e / below * (upstream @ values.transpose(1, 2) - delta).float()
+        others = 1.0 - torch.eye(e.shape[-1])
+        dpolicy[rows] = (change * others).sum((0, 1))
+        ds = (change * counts).to(q.dtype)
+        dq[rows] = (ds @ keys * scale).transpose(0, 1)
+        for grad, per_head in (
+            (dk, ds.transpose(1, 2) @ queries * scale),
+            (dv, weights.transpose(1, 2) @ upstream),
+        ):
+            grad[rows] = per_head.unflatten(0, (-1, group)).sum(1).transpose(0, 1)
+    return [dq, dk, dv, dpolicy]

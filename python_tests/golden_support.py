@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ class Golden:
 
     def __init__(self, name: str) -> None:
         self._arrays = np.load(GOLDENS / f"{name}.npz")
-        self.config: dict[str, Any] = json.loads(str(self._arrays["config_json"]))
+        recorded = self._arrays["config_json"] if "config_json" in self._arrays.files else "{}"
+        self.config: dict[str, Any] = json.loads(str(recorded))
 
     def __contains__(self, key: str) -> bool:
         return key in self._arrays.files
@@ -70,22 +72,39 @@ def llama_state(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     return state
 
 
+def weight_of_key(key: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """A weight drawn from the recorded seed and its own name, whatever other weights there are."""
+    draw = np.random.RandomState(zlib.crc32(key.encode()) ^ seed).standard_normal(shape)
+    if key.endswith("bias"):
+        draw *= 0.1
+    elif len(shape) == 1:  # norms
+        draw = 1.0 + 0.1 * draw
+    elif not key.endswith("embed_tokens.weight"):
+        draw = (0.5 if "router.router" in key else 1.0) * draw / np.sqrt(shape[1])
+    return torch.from_numpy(draw.astype(np.float32))
+
+
 def llama_model(config: dict[str, Any]) -> LlamaForCausalLM:
     """The bare language model of a golden, with its recorded weights."""
-    model = LlamaForCausalLM(
+    model = untrained_llama(config)
+    model.load_state_dict(llama_state(config))
+    return model.eval()
+
+
+def untrained_llama(config: dict[str, Any]) -> LlamaForCausalLM:
+    """A language model of a golden's sizes."""
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config["vocab"],
             hidden_size=config["hidden"],
             intermediate_size=config["inter"],
             num_hidden_layers=config["layers"],
             num_attention_heads=config["heads"],
-            num_key_value_heads=config["kv_heads"],
-            rms_norm_eps=config["rms_eps"],
-            rope_parameters={"rope_type": "default", "rope_theta": config["rope_theta"]},
+            num_key_value_heads=config.get("kv_heads", config["heads"]),
+            rms_norm_eps=config.get("rms_eps", 1e-5),
+            rope_parameters={"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)},
             max_position_embeddings=4096,
             attention_bias=False,
             tie_word_embeddings=False,
         )
     )
-    model.load_state_dict(llama_state(config))
-    return model.eval()

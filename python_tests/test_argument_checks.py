@@ -44,6 +44,19 @@ def compact(**changed: Any) -> Any:
     return ops.select_compact(**{**arguments, **changed})
 
 
+ROWS = torch.zeros(9, 4)
+
+
+def scaled(**changed: Any) -> Any:
+    arguments = {"x": ROWS, "residual": ROWS[:2], "branch": ROWS[:2], "weights": SCORES, "indices": INDICES}
+    return ops.scatter_scaled(**{**arguments, **changed})
+
+
+def router(**changed: Any) -> Any:
+    arguments = {"x": ROWS, "weight": ROWS[0], "bias": ROWS[0, :1], "target": SCORES > 3, "scale": 0.2, "shift": 1}
+    return ops.router_weights(**{**arguments, **changed})
+
+
 PACKED = {
     "q": INPUTS.q,
     "k": INPUTS.k,
@@ -56,6 +69,11 @@ PACKED = {
 
 def attention(**changed: Any) -> Any:
     return ops.varlen_attention(**{**PACKED, "v": INPUTS.v, **changed})
+
+
+def policy(**changed: Any) -> Any:
+    arguments = {"q": INPUTS.q, "k": INPUTS.k, "v": INPUTS.v, "policy": SCORES, "cu_seqlens": CU, "max_seqlen": 5}
+    return ops.policy_attention(**{**arguments, **changed})
 
 
 def slots(**changed: Any) -> Any:
@@ -87,7 +105,41 @@ def positions(**changed: Any) -> Any:
     return ops.kv_limit_from_positions(**{**arguments, **changed})
 
 
-CALLS = (topk, threshold, gather, scatter, compact, attention, slots, column, last_query, decode, positions)
+POINTS = torch.zeros(9, 3)
+
+
+def cluster(**changed: Any) -> Any:
+    return ops.dpc_knn(**{"x": POINTS, "cu_seqlens": CU, "num_clusters": 2, "k": 3, **changed})
+
+
+def merge(**changed: Any) -> Any:
+    arguments = {"x": POINTS, "cluster_ids": torch.zeros(9).int(), "cu_seqlens": CU, "num_clusters": [1, 1]}
+    return ops.merge_mean(**{**arguments, **changed})
+
+
+def average(**changed: Any) -> Any:
+    return ops.position_means(**{"x": POINTS, "cu_seqlens": CU, "num_positions": 2, **changed})
+
+
+CALLS = (
+    topk,
+    threshold,
+    gather,
+    scatter,
+    compact,
+    scaled,
+    router,
+    attention,
+    policy,
+    slots,
+    column,
+    last_query,
+    decode,
+    positions,
+    cluster,
+    merge,
+    average,
+)
 
 Case = tuple[Callable[..., Any], dict[str, Any], type[Exception], str]
 NAN = float("nan")
@@ -120,11 +172,52 @@ CASES: list[Case] = [
     (attention, {"softmax_scale": "1"}, TypeError, "softmax_scale must be a float, got str"),
     (attention, {"kv_limit": torch.zeros(9)}, TypeError, "kv_limit must have dtype int32, got torch.float32"),
     (attention, {"cu_seqlens_k": None}, TypeError, "cu_seqlens_k must be a tensor, got NoneType"),
+    (policy, {"policy": [1.0] * 9}, TypeError, "policy must be a tensor, got list"),
+    (policy, {"policy": torch.ones(9).half()}, TypeError, "policy must have dtype float32, got torch.float16"),
+    (policy, {"policy": torch.ones(9) > 0}, TypeError, "policy must have dtype float32, got torch.bool"),
+    (policy, {"v": INPUTS.v.half()}, TypeError, "v must have the dtype of k, torch.float32, got torch.float16"),
+    (policy, {"max_seqlen": 5.0}, TypeError, "max_seqlen must be an int, got float"),
+    (policy, {"epsilon": None}, TypeError, "epsilon must be a float, got NoneType"),
     (column, {"softmax_lse": torch.zeros(4, 9).half()}, TypeError, "softmax_lse must have dtype float32"),
     (last_query, {"head_reduce": 1}, TypeError, "head_reduce must be a str, got int"),
     (decode, {"num_splits": None}, TypeError, "num_splits must be an int, got NoneType"),
     (positions, {"position_ids_q": torch.zeros(9)}, TypeError, "position_ids_q must have dtype int32 or int64"),
     (positions, {"position_ids_k": torch.zeros(9).int()}, TypeError, "must have the dtype of position_ids_q"),
+    (cluster, {"x": POINTS.long()}, TypeError, "x must have dtype .*, got torch.int64"),
+    (cluster, {"k": 3.0}, TypeError, "k must be an int, got float"),
+    (cluster, {"k": True}, TypeError, "k must be an int, got bool"),
+    (cluster, {"num_clusters": True}, TypeError, "num_clusters must be a list of ints or an int tensor, got bool"),
+    (cluster, {"num_clusters": 2.0}, TypeError, "num_clusters must be a list of ints or an int tensor, got float"),
+    (cluster, {"num_clusters": [1, 0.5]}, TypeError, "num_clusters must hold ints, got float"),
+    (cluster, {"noise": torch.zeros(9).half()}, TypeError, "noise must have dtype float32, got torch.float16"),
+    (cluster, {"noise": 0.5}, TypeError, "noise must be a tensor, got float"),
+    (cluster, {"max_seqlen": "5"}, TypeError, "max_seqlen must be an int, got str"),
+    (merge, {"cluster_ids": torch.zeros(9).long()}, TypeError, "cluster_ids must have dtype int32, got torch.int64"),
+    (merge, {"weights": torch.zeros(9).double()}, TypeError, "weights must have dtype float32, got torch.float64"),
+    (merge, {"capacity": 1.0}, TypeError, "capacity must be an int, got float"),
+    (scaled, {"x": ROWS.long()}, TypeError, "x must have dtype .*, got torch.int64"),
+    (
+        scaled,
+        {"branch": ROWS[:2].half()},
+        TypeError,
+        "branch must have the dtype of x, torch.float32, got torch.float16",
+    ),
+    (scaled, {"weights": SCORES.double()}, TypeError, "weights must have dtype float32, got torch.float64"),
+    (scaled, {"indices": INDICES.long()}, TypeError, "indices must have dtype int32, got torch.int64"),
+    (
+        router,
+        {"weight": ROWS[0].half()},
+        TypeError,
+        "weight must have the dtype of x, torch.float32, got torch.float16",
+    ),
+    (router, {"bias": 0.0}, TypeError, "bias must be a tensor, got float"),
+    (router, {"target": SCORES}, TypeError, "target must have dtype bool, got torch.float32"),
+    (router, {"activation": None}, TypeError, "activation must be a str, got NoneType"),
+    (router, {"scale": "1"}, TypeError, "scale must be a float, got str"),
+    (average, {"x": POINTS.int()}, TypeError, "x must have dtype .*, got torch.int32"),
+    (average, {"cu_seqlens": CU.long()}, TypeError, "cu_seqlens must have dtype int32, got torch.int64"),
+    (average, {"num_positions": [1, 2.0]}, TypeError, "num_positions must hold ints, got float"),
+    (average, {"capacity": True}, TypeError, "capacity must be an int, got bool"),
     # Shapes and devices.
     (topk, {"scores": SCORES[None]}, ValueError, r"scores must have 1 dimension, got shape \(1, 9\)"),
     (topk, {"protect": torch.zeros(8).bool()}, ValueError, r"protect must have 9 rows, got shape \(8,\)"),
@@ -143,12 +236,44 @@ CASES: list[Case] = [
     (attention, {"q": torch.zeros(9, 2, 257)}, ValueError, "q must have a head_dim between 1 and 256, got 257"),
     (attention, {"cu_seqlens_k": int32(0, 9)}, ValueError, "cu_seqlens_k must have 3 entries for 2 segments"),
     (attention, {"kv_limit": int32(1, 2)}, ValueError, r"kv_limit must have 9 rows, got shape \(2,\)"),
+    (policy, {"policy": torch.ones(8)}, ValueError, r"policy must have 9 rows, got shape \(8,\)"),
+    (policy, {"policy": torch.ones(9, 1)}, ValueError, r"policy must have 1 dimension, got shape \(9, 1\)"),
+    (policy, {"k": INPUTS.k[:8]}, ValueError, r"k must have 9 rows, those of q, got shape \(8, 2, 8\)"),
+    (policy, {"v": INPUTS.v[:, :1]}, ValueError, r"v must have the shape of k, \(9, 2, 8\), got \(9, 1, 8\)"),
     (slots, {"cu_seqlens_k": CU}, ValueError, "cu_seqlens_k must be None with seqused_k, got both"),
     (slots, {"k": SLOTS[:1], "v": SLOTS[:1]}, ValueError, "k must have 2 rows of cache slots"),
     (slots, {"seqused_k": int32(7)}, ValueError, r"seqused_k must have 2 rows, got shape \(1,\)"),
     (column, {"softmax_lse": torch.zeros(4, 8)}, ValueError, r"softmax_lse must have shape \(4, 9\), got \(4, 8\)"),
     (decode, {"q": INPUTS.q[:3]}, ValueError, "q must have 2 rows, one a row of k_cache"),
+    (cluster, {"x": POINTS[0]}, ValueError, r"x must have 2 dimensions, got shape \(3,\)"),
+    (cluster, {"num_clusters": [1]}, ValueError, "num_clusters must have 2 entries, one a segment, got 1"),
+    (cluster, {"num_clusters": int32(1, 1).to("meta")}, ValueError, "num_clusters must be on the CPU or cpu, got meta"),
+    (cluster, {"noise": torch.zeros(8)}, ValueError, r"noise must have 9 rows, got shape \(8,\)"),
+    (merge, {"cluster_ids": int32(0, 1)}, ValueError, r"cluster_ids must have 9 rows, got shape \(2,\)"),
+    (merge, {"weights": torch.ones(9, 1)}, ValueError, r"weights must have 1 dimension, got shape \(9, 1\)"),
+    (merge, {"num_clusters": int32(1)}, ValueError, r"num_clusters must have 2 rows, got shape \(1,\)"),
+    (scaled, {"x": SCORES}, ValueError, r"x must have 2 dimensions, got shape \(9,\)"),
+    (scaled, {"residual": ROWS[:3]}, ValueError, r"residual must have 2 rows, got shape \(3, 4\)"),
+    (scaled, {"branch": ROWS[:2, :3]}, ValueError, r"branch must have the 4 columns of x, got shape \(2, 3\)"),
+    (scaled, {"weights": SCORES[:8]}, ValueError, r"weights must have 9 rows, got shape \(8,\)"),
+    (scaled, {"weights": SCORES.to("meta")}, ValueError, "weights must be on cpu, .* got meta"),
+    (router, {"weight": ROWS[:1]}, ValueError, r"weight must have 1 dimension, got shape \(1, 4\)"),
+    (router, {"weight": SCORES}, ValueError, r"weight must have shape \(4,\), got \(9,\)"),
+    (router, {"bias": SCORES}, ValueError, r"bias must have shape \(1,\), got \(9,\)"),
+    (router, {"target": SCORES[:8] > 3}, ValueError, r"target must have 9 rows, got shape \(8,\)"),
     # Values.
+    (cluster, {"cu_seqlens": int32(0, 5, 4)}, ValueError, "cu_seqlens must not decrease, got 5 then 4 at entry 2"),
+    (cluster, {"k": 0}, ValueError, "k must be between 1 and 2147483647, got 0"),
+    (cluster, {"num_clusters": 2**31}, ValueError, "num_clusters must hold 32-bit ints, got 2147483648"),
+    (cluster, {"max_seqlen": 4}, ValueError, "max_seqlen must be at least 5, .* of cu_seqlens, got 4"),
+    (cluster, {"capacity": -1}, ValueError, "capacity must be between 0 and 2147483647, got -1"),
+    (merge, {"num_clusters": 2**31 - 1}, ValueError, "the sum of num_clusters must be .*, got 4294967294"),
+    (average, {"x": torch.zeros(9)}, ValueError, r"x must have 2 dimensions, got shape \(9,\)"),
+    (average, {"num_positions": [1]}, ValueError, "num_positions must have 2 entries, one a segment, got 1"),
+    (average, {"num_positions": 2**31 - 1}, ValueError, "the sum of num_positions must be .*, got 4294967294"),
+    (average, {"capacity": -1}, ValueError, "capacity must be between 0 and .*, got -1"),
+    (merge, {"weights": -torch.ones(9)}, ValueError, "weights must not be negative or NaN, got -1.0"),
+    (merge, {"weights": torch.full((9,), NAN)}, ValueError, "weights must not be negative or NaN, got nan"),
     (topk, {"cu_seqlens": int32(1, 4, 9)}, ValueError, "cu_seqlens must start at 0, got 1"),
     (topk, {"cu_seqlens": int32(0, 5, 4)}, ValueError, "cu_seqlens must not decrease, got 5 then 4 at entry 2"),
     (topk, {"cu_seqlens": int32(0, 4, 10)}, ValueError, "cu_seqlens must not end past the 9 rows .* got 10"),
@@ -170,10 +295,21 @@ CASES: list[Case] = [
     (scatter, {"indices": int32(3, 9)}, ValueError, "indices must lie between -1 and 8, got 9"),
     (scatter, {"indices": int32(3, 3)}, ValueError, "indices must not hold a row twice, got 3 2 times"),
     (scatter, {"total": -1}, ValueError, "total must be between 0 and 2147483647, got -1"),
+    (scaled, {"indices": int32(3, 9)}, ValueError, "indices must lie between -1 and 8, got 9"),
+    (scaled, {"indices": int32(3, 3)}, ValueError, "indices must not hold a row twice, got 3 2 times"),
+    (router, {"activation": "relu"}, ValueError, "activation must be one of tanh, sigmoid, none, got 'relu'"),
+    (router, {"scale": float("inf")}, ValueError, "scale must be finite in float32, got inf"),
+    (router, {"shift": NAN}, ValueError, "shift must be a number, got nan"),
     (attention, {"max_seqlen_q": 4}, ValueError, "max_seqlen_q must be at least 5, .* of cu_seqlens_q, got 4"),
     (attention, {"max_seqlen_k": 4}, ValueError, "max_seqlen_k must be at least 5, .* of cu_seqlens_k, got 4"),
     (attention, {"softmax_scale": NAN}, ValueError, "softmax_scale must be a number, got nan"),
     (attention, {"softmax_scale": float("inf")}, ValueError, "softmax_scale must be finite in float32, got inf"),
+    (policy, {"cu_seqlens": int32(0, 4, 10)}, ValueError, "cu_seqlens must not end past the 9 rows .* got 10"),
+    (policy, {"max_seqlen": 4}, ValueError, "max_seqlen must be at least 5, .* of cu_seqlens, got 4"),
+    (policy, {"softmax_scale": NAN}, ValueError, "softmax_scale must be a number, got nan"),
+    (policy, {"epsilon": -1e-9}, ValueError, "epsilon must be finite in float32 and not negative, got -1e-09"),
+    (policy, {"epsilon": 1e39}, ValueError, "epsilon must be finite in float32 and not negative, got 1e"),
+    (policy, {"epsilon": NAN}, ValueError, "epsilon must be a number, got nan"),
     (slots, {"seqused_k": int32(8, 0)}, ValueError, "seqused_k must lie between 0 and the capacity 7, got 8"),
     (slots, {"max_seqlen_k": 6}, ValueError, "max_seqlen_k must be at least 7, .* got 6"),
     (decode, {"seqused_k": int32(0, -1)}, ValueError, "seqused_k must lie between 0 and the capacity 7, got -1"),
@@ -213,9 +349,30 @@ def test_counts_on_a_device_need_a_capacity_and_protected_counts_from_the_host()
     assert ops.segment_threshold(scores, cu_seqlens, 0.5)[0].shape == (9,)
 
 
+def test_cluster_counts_on_a_device_need_a_capacity():
+    x, cu_seqlens, ids = POINTS.to("meta"), CU.to("meta"), torch.zeros(9, device="meta", dtype=torch.int32)
+    counts = int32(2, 0).to("meta")
+    with pytest.raises(ValueError, match="capacity must be given when num_clusters is on a device, got None"):
+        ops.dpc_knn(x, cu_seqlens, counts, k=3)
+    with pytest.raises(ValueError, match="capacity must be given when num_clusters is on a device, got None"):
+        ops.merge_mean(x, ids, cu_seqlens, counts)
+    with pytest.raises(ValueError, match="capacity must be given when num_positions is on a device, got None"):
+        ops.position_means(x, cu_seqlens, counts)
+    assert ops.position_means(x, cu_seqlens, counts, capacity=7)[1].shape == (7,)
+    assert ops.position_means(x, cu_seqlens, [2, 0])[1].shape == (2,)
+    assert ops.dpc_knn(x, cu_seqlens, counts, k=3, capacity=7).center_indices.shape == (7,)
+    assert ops.merge_mean(x, ids, cu_seqlens, counts, capacity=7)[0].shape == (7, 3)
+    # Counts on the host are enough: a segment of unknown length has at least one cluster.
+    assert ops.dpc_knn(x, cu_seqlens, [2, 0], k=3).center_indices.shape == (3,)
+    assert ops.merge_mean(x, ids, cu_seqlens, [2, 0])[0].shape == (2, 3)
+
+
 def test_values_on_a_device_are_not_read():
     """Boundaries, indices and lengths that no host knows are accepted as they are."""
     meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in PACKED.items()}
     ops.varlen_attention(**meta, v=INPUTS.v.to("meta"))
+    rows = (x.to("meta") for x in (INPUTS.q, INPUTS.k, INPUTS.v, SCORES, CU))
+    assert ops.policy_attention(*rows, 1).shape == INPUTS.q.shape
     ops.gather_rows(SCORES.to("meta"), INDICES.to("meta"))
     ops.scatter_rows(SCORES[:2].to("meta"), INDICES.to("meta"), 9)
+    ops.scatter_scaled(*(x.to("meta") for x in (ROWS, ROWS[:2], ROWS[:2], SCORES, INDICES)))

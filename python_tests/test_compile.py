@@ -76,6 +76,25 @@ def test_select_compact():
     )
 
 
+def scaled_inputs(total: int = 9) -> tuple[Tensor, ...]:
+    return torch.randn(total, 4), torch.randn(3, 4), torch.randn(3, 4), torch.rand(total)
+
+
+def test_scatter_scaled():
+    check_compiled(ops.scatter_scaled, *scaled_inputs(), torch.tensor([5, -1, 0], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_router_weights(masked):
+    target = torch.arange(9) % 3 > 0 if masked else None
+    check_compiled(
+        lambda x, w, b: ops.router_weights(x, w, b, target=target, activation="sigmoid", scale=0.2),
+        torch.randn(9, 4),
+        torch.randn(4),
+        torch.randn(1),
+    )
+
+
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_varlen_attention(return_lse):
     inputs = attention_inputs((5, 0, 7))
@@ -96,6 +115,14 @@ def test_varlen_attention_with_slots_and_limit():
     )
 
 
+def test_policy_attention():
+    inputs = attention_inputs((5, 0, 7))
+    check_compiled(
+        lambda q, k, v, policy, cu: ops.policy_attention(q, k, v, policy, cu, 7),
+        *(inputs.q, inputs.k, inputs.v, torch.rand(12), inputs.cu_seqlens_q),
+    )
+
+
 def test_decode_attention():
     arguments = torch.randn(3, 4, 8), torch.randn(3, 9, 2, 8), torch.randn(3, 9, 2, 8)
     used = torch.tensor([9, 0, 3], dtype=torch.int32)
@@ -108,6 +135,31 @@ def test_scores_and_limits():
     check_compiled(lambda *args: ops.last_query_scores(*args), inputs.q, inputs.k, cu_q, cu_k)
     check_compiled(lambda *args: ops.column_scores(*args), inputs.q, inputs.k, *inputs.boundaries)
     check_compiled(ops.kv_limit_from_positions, torch.arange(12), torch.arange(12), cu_q, cu_k)
+
+
+def test_dpc_knn():
+    x, noise = torch.randn(9, 4), torch.rand(9)
+    check_compiled(lambda x, cu: ops.dpc_knn(x, cu, [2, 1, 3], k=3, capacity=6), x, CU)
+    # Segment lengths are unknown under a tracer, where an empty segment takes room for one cluster.
+    traced = compiled(lambda x, cu, noise: ops.dpc_knn(x, cu, 2, k=3, noise=noise))(x, CU, noise)
+    eager = ops.dpc_knn(x, CU, 2, k=3, noise=noise)
+    assert traced.center_indices.tolist() == [*eager.center_indices.tolist(), -1, -1]
+    assert_bitwise_equal([*traced[:1], *traced[2:]], [*eager[:1], *eager[2:]])
+    counts = torch.tensor([2, 0, 3], dtype=torch.int32)
+    check_compiled(lambda x, cu, counts: ops.dpc_knn(x, cu, counts, k=3, capacity=4), x, CU, counts)
+
+
+def test_merge_mean():
+    x, ids, weights = torch.randn(9, 4), torch.randint(-1, 3, (9,), dtype=torch.int32), torch.rand(9)
+    counts = torch.tensor([2, 0, 3], dtype=torch.int32)
+    check_compiled(lambda x, ids, cu: ops.merge_mean(x, ids, cu, 3), x, ids, CU)
+    check_compiled(lambda x, ids, cu, n, w: ops.merge_mean(x, ids, cu, n, weights=w), x, ids, CU, counts, weights)
+
+
+def test_position_means():
+    x, counts = torch.randn(9, 4), torch.tensor([2, 0, 3], dtype=torch.int32)
+    check_compiled(lambda x, cu: ops.position_means(x, cu, 2), x, CU)
+    check_compiled(lambda x, cu, n: ops.position_means(x, cu, n), x, CU, counts)
 
 
 def gradients(function: Callable[..., Tensor], *args: Any) -> list[Tensor]:
@@ -127,6 +179,24 @@ def test_gradient_of_gather_scatter_and_select_compact():
     assert_bitwise_equal(gradients(compiled(block), x), gradients(block, x))
 
 
+def test_gradient_of_merge_mean():
+    ids = torch.tensor([0, 1, 1, 0, 2, -1, 1, 1, 0], dtype=torch.int32)
+
+    def block(x: Tensor, weights: Tensor) -> Tensor:
+        return ops.merge_mean(x, ids, CU, [2, 0, 3], weights=weights)[0]
+
+    x, weights = torch.randn(9, 4), torch.rand(9)
+    assert_bitwise_equal(gradients(compiled(block), x, weights), gradients(block, x, weights))
+
+
+def test_gradient_of_position_means():
+    def block(x: Tensor) -> Tensor:
+        return ops.position_means(x, CU, [2, 0, 3])[0]
+
+    x = torch.randn(9, 4)
+    assert_bitwise_equal(gradients(compiled(block), x), gradients(block, x))
+
+
 def test_gradient_of_varlen_attention():
     inputs = attention_inputs((5, 0, 7))
 
@@ -136,6 +206,31 @@ def test_gradient_of_varlen_attention():
 
     leaves = inputs.q, inputs.k, inputs.v
     assert_bitwise_equal(gradients(compiled(block), *leaves), gradients(block, *leaves))
+
+
+def test_gradient_of_scatter_scaled_and_router_weights():
+    def block(x: Tensor, residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        _, weights = ops.router_weights(x, weight, bias, target=x[:, 0] > 0, scale=0.2, shift=1.0)
+        indices = torch.tensor([5, -1, 0], dtype=torch.int32)
+        return ops.scatter_scaled(x, residual, branch, weights, indices)
+
+    traced = compiled(block, dynamic=True)
+    for total in (9, 20):
+        leaves = *scaled_inputs(total)[:3], torch.randn(4), torch.randn(1)
+        assert_bitwise_equal(gradients(traced, *leaves), gradients(block, *leaves))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_gradient_of_policy_attention(dynamic):
+    def block(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, cu: Tensor) -> Tensor:
+        return ops.policy_attention(q, k, v, policy, cu, q.shape[0])
+
+    traced = compiled(block, dynamic)
+    for lengths in ((5, 0, 7), (20, 2, 11)):
+        inputs = attention_inputs(lengths)
+        cu, leaves = inputs.cu_seqlens_q, (inputs.q, inputs.k, inputs.v, torch.rand(sum(lengths)))
+        ours = gradients(lambda *x, cu=cu: traced(*x, cu), *leaves)
+        assert_bitwise_equal(ours, gradients(lambda *x, cu=cu: block(*x, cu), *leaves))
 
 
 def test_sizes_may_change_without_a_second_graph():

@@ -157,7 +157,7 @@ def test_a_rehearsal_on_the_cpu_passes_every_step(tmp_path):
     run_json = json.loads((tmp_path / "bench.json").read_text())
     assert {bench["extra_info"]["op"] for bench in run_json["benchmarks"]} >= {
         "segment_topk", "segment_threshold", "select_compact", "gather_rows", "scatter_rows",
-        "last_query_scores", "column_scores",
+        "last_query_scores", "column_scores", "dpc_knn", "merge_mean",
     }  # fmt: skip
     assert "passed" in (tmp_path / "gpu_tests.log").read_text()
 

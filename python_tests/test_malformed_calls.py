@@ -111,6 +111,22 @@ def compact_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
     return [scores, rows_of(rng, scores.shape[0]), cu_seqlens, counts], options
 
 
+def scaled_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    total, columns, dtype = rng.choice((0, 1, 5, 9)), rng.choice((0, 1, 5, 16, 40)), float_dtype(rng)
+    kept = rng.randint(0, total)
+    indices = torch.cat([torch.randperm(total)[:kept], torch.full((rng.choice((0, 2)),), -1)]).to(torch.int32)
+    x, residual, branch = (torch.randn(n, columns).to(dtype) for n in (total, len(indices), len(indices)))
+    return [x, residual, branch, torch.rand(total), indices], {}
+
+
+def router_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    total, columns, dtype = rng.choice((0, 1, 5, 40)), rng.choice((0, 1, 5, 16, 40)), float_dtype(rng)
+    bias = torch.randn(1).to(dtype) if rng.random() < 0.5 else None
+    target = torch.rand(total) < 0.6 if rng.random() < 0.5 else None
+    options = {"target": target, "activation": rng.choice(("tanh", "sigmoid", "none")), "scale": 0.2, "shift": 1.0}
+    return [torch.randn(total, columns).to(dtype), torch.randn(columns).to(dtype), bias], options
+
+
 def packed(rng: random.Random) -> tuple[Tensor, Tensor, Tensor, list[Any]]:
     lengths = random_lengths(rng)
     lengths_k = [n + rng.choice((0, 0, 5)) for n in lengths]
@@ -140,6 +156,14 @@ def attention_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
         options["seqused_k"] = torch.randint(0, 10, (batch,), dtype=torch.int32)
         boundaries[1], boundaries[3] = None, 9
     return [q, k, v, *boundaries], options
+
+
+def policy_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    q, _, _, (cu_seqlens, _, longest, _) = packed(rng)
+    k, v = torch.randn(2, q.shape[0], rng.choice([n for n in (1, 2, 3) if q.shape[1] % n == 0]), q.shape[2]).to(q.dtype)
+    policy = torch.rand(q.shape[0]).round() if rng.random() < 0.5 else torch.rand(q.shape[0])
+    options = {"softmax_scale": rng.choice((None, 0.3)), "epsilon": rng.choice((0.0, 1e-6, 0.5))}
+    return [q, k, v, policy, cu_seqlens, longest], options
 
 
 def decode_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
@@ -173,17 +197,60 @@ def positions_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
     return [positions, positions, cu_seqlens_of(lengths), cu_seqlens_of(lengths)], {}
 
 
+def cluster_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    lengths = random_lengths(rng)
+    total = sum(lengths) + rng.choice((0, 2))
+    # Whole coordinates have one right answer, ties included.
+    x = torch.randint(-2, 3, (total, rng.choice((1, 4, 16)))).to(float_dtype(rng))
+    counts = rng.choice((3, [rng.randint(0, 4) for _ in lengths]))
+    options = {"k": rng.choice((1, 3, 30)), "noise": None, "max_seqlen": None, "capacity": rng.choice((None, 0, 4, 30))}
+    if rng.random() < 0.3:
+        options["noise"] = torch.randint(0, 4, (total,)) / 4
+    if rng.random() < 0.3:
+        options["max_seqlen"] = max([0, *lengths]) + rng.choice((0, 9))
+    return [x, cu_seqlens_of(lengths), counts], options
+
+
+def merge_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    lengths = random_lengths(rng)
+    total = sum(lengths) + rng.choice((0, 2))
+    x = torch.randn(total, rng.choice((0, 1, 5, 16))).to(float_dtype(rng))
+    ids = torch.randint(-1, 5, (total,), dtype=torch.int32)
+    counts = [rng.randint(-1, 4) for _ in lengths]
+    capacity = rng.choice((None, 0, 4, 30))
+    if capacity is not None:  # a broken value of the exact form may ask for any number of rows
+        counts = torch.tensor(counts, dtype=torch.int32)
+    weights = torch.rand(total) if rng.random() < 0.5 else None
+    return [x, ids, cu_seqlens_of(lengths), counts], {"weights": weights, "capacity": capacity}
+
+
+def average_call(rng: random.Random) -> tuple[list[Any], dict[str, Any]]:
+    lengths = random_lengths(rng)
+    x = torch.randn(sum(lengths) + rng.choice((0, 2)), rng.choice((0, 1, 5, 16))).to(float_dtype(rng))
+    counts = [rng.randint(-1, 4) for _ in lengths]
+    capacity = rng.choice((None, 0, 4, 30))
+    if capacity is not None:  # a broken value of the exact form may ask for any number of rows
+        counts = torch.tensor(counts, dtype=torch.int32)
+    return [x, cu_seqlens_of(lengths), counts], {"capacity": capacity}
+
+
 CALLS: dict[str, Callable[[random.Random], tuple[list[Any], dict[str, Any]]]] = {
     "segment_topk": topk_call,
     "segment_threshold": threshold_call,
     "gather_rows": gather_call,
     "scatter_rows": scatter_call,
     "select_compact": compact_call,
+    "scatter_scaled": scaled_call,
+    "router_weights": router_call,
     "varlen_attention": attention_call,
+    "policy_attention": policy_call,
     "decode_attention": decode_call,
     "last_query_scores": last_query_call,
     "column_scores": column_call,
     "kv_limit_from_positions": positions_call,
+    "dpc_knn": cluster_call,
+    "merge_mean": merge_call,
+    "position_means": average_call,
 }
 
 
@@ -290,17 +357,19 @@ def assert_same(ours: Any, expected: Any, exact: bool) -> None:
         torch.testing.assert_close(a.detach(), b, atol=tolerance, rtol=tolerance, equal_nan=True)
 
 
-def comparable(args: list[Any], options: dict[str, Any], exact: bool, breaks: int) -> bool:
+def comparable(op: str, args: list[Any], options: dict[str, Any], exact: bool, breaks: int) -> bool:
     """Whether a call that was accepted has one right answer, up to rounding.
 
     Meta tensors have no values; huge values or scales leave a softmax to the order of arithmetic; a softmax_lse is
-    taken at its word.
+    taken at its word; a negative policy can make a sum vanish.
     """
     tensors = [x for x in tree_leaves((args, options)) if isinstance(x, Tensor)]
     if any(x.is_meta for x in tensors):
         return False
     if exact:
         return True
+    if op == "policy_attention" and bool((args[3] < 0).any()):
+        return False
     if breaks and options.get("softmax_lse") is not None or abs(options.get("softmax_scale") or 0.0) > 100:
         return False
     return all(bool((x.float().abs() < 100).all()) for x in tensors if x.is_floating_point())
@@ -323,7 +392,7 @@ def test_front_ends_answer_correctly_or_raise_value_or_type_errors(op):
             assert str(error)
             return
         exact = op in EXACT or op == "kv_limit_from_positions"
-        if comparable(args, options, exact, breaks):
+        if comparable(op, args, options, exact, breaks):
             assert_same(result, getattr(reference, op)(*args, **options), exact)
 
     fuzz()
@@ -332,22 +401,36 @@ def test_front_ends_answer_correctly_or_raise_value_or_type_errors(op):
 def raw_arguments(op: str, args: list[Any], options: dict[str, Any]) -> list[Any]:
     """The arguments of a front-end call in the order of the op's schema."""
     options = dict(options)
-    scale = options.pop("softmax_scale", 0.25)
-    scale = 0.25 if scale is None else scale
+    if options.get("softmax_scale") is None:
+        options["softmax_scale"] = 0.25
     if op == "segment_threshold":
         options["capacity"] = -1 if options["capacity"] is None else options["capacity"]
     elif "capacity" in options:
         options["capacity"] = 6 if options["capacity"] is None else options["capacity"]
+    if op == "dpc_knn":
+        options["max_seqlen"] = 20 if options["max_seqlen"] is None else options["max_seqlen"]
+    if op in ("dpc_knn", "merge_mean", "position_means"):
+        counts = args.pop()
+        if type(counts) is int and isinstance(args[1], Tensor):  # an int holds for every segment
+            counts = [counts] * max(args[1].numel() - 1, 0)
+        if isinstance(counts, list) and all(type(count) is int for count in counts):
+            counts = torch.tensor([min(max(count, -9), 9) for count in counts], dtype=torch.int32)
+        args = [*args, counts]
     names = {
         "segment_topk": ("capacity", "protect"),
         "segment_threshold": ("capacity", "min_keep", "protect"),
         "select_compact": ("capacity", "protect"),
-        "varlen_attention": ("causal", "scale", "kv_limit", "seqused_k"),
-        "decode_attention": ("scale", "num_splits", "return_scores"),
-        "last_query_scores": ("scale", "head_reduce", "query_reduce", "kv_limit"),
-        "column_scores": ("causal", "scale", "query_reduce", "head_reduce", "softmax_lse"),
+        "dpc_knn": ("k", "max_seqlen", "capacity", "noise"),
+        "merge_mean": ("capacity", "weights"),
+        "position_means": ("capacity",),
+        "router_weights": ("target", "activation", "scale", "shift"),
+        "varlen_attention": ("causal", "softmax_scale", "kv_limit", "seqused_k"),
+        "policy_attention": ("softmax_scale", "epsilon"),
+        "decode_attention": ("softmax_scale", "num_splits", "return_scores"),
+        "last_query_scores": ("softmax_scale", "head_reduce", "query_reduce", "kv_limit"),
+        "column_scores": ("causal", "softmax_scale", "query_reduce", "head_reduce", "softmax_lse"),
     }
-    return [*args, *({**options, "scale": scale}[name] for name in names.get(op, ()))]
+    return [*args, *(options[name] for name in names.get(op, ()))]
 
 
 def check_selection(indices: Tensor, cu_seqlens: Tensor, total: int) -> None:
@@ -359,6 +442,19 @@ def check_selection(indices: Tensor, cu_seqlens: Tensor, total: int) -> None:
     kept = rows[: ends[-1]]
     assert kept == sorted(set(kept)) and all(0 <= row < total for row in kept)
     assert all(row == -1 for row in rows[ends[-1] :])
+
+
+def check_clusters(ids: Tensor, centers: Tensor, cu_clusters: Tensor, *_: Tensor) -> None:
+    """What holds for a clustering from any boundaries, counts and capacity."""
+    if ids.is_meta or centers.is_meta or cu_clusters.is_meta:
+        return
+    ends, rows = cu_clusters.tolist(), centers.tolist()
+    assert ends == sorted(ends) and ends[0] == 0 and ends[-1] <= len(rows)
+    kept = rows[: ends[-1]]
+    assert len(set(kept)) == len(kept) and all(0 <= row < len(ids) for row in kept)
+    assert all(row == -1 for row in rows[ends[-1] :])
+    for first, last in zip(ends[:-1], ends[1:], strict=True):
+        assert ids[kept[first:last]].tolist() == list(range(last - first))
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
@@ -373,12 +469,21 @@ def test_raw_ops_never_crash(op):
         except (ValueError, TypeError, RuntimeError) as error:
             assert str(error)
             return
+        packed_keys = op == "policy_attention" or op == "varlen_attention" and args[10] is None
         if op in ("segment_topk", "segment_threshold"):
             check_selection(*result, args[0].shape[0])
         elif op == "select_compact":
             check_selection(*result[1:], args[0].shape[0])
-        elif op == "varlen_attention" and result[0].requires_grad and args[10] is None:
-            result[0].float().sum().backward()
+        elif op == "dpc_knn":
+            check_clusters(*result)
+        elif packed_keys or op in ("merge_mean", "position_means"):
+            total = result[0].float().sum()
+            if total.requires_grad:
+                total.backward()
+        elif op == "scatter_scaled" and result.requires_grad:
+            result.float().sum().backward()
+        elif op == "router_weights" and result[1].requires_grad:
+            result[1].sum().backward()
 
     fuzz()
 
@@ -403,5 +508,38 @@ def test_raw_attention_backward_never_crashes():
             return
         for grad, x in zip(result, args[2:5], strict=True):
             assert grad.shape == x.shape and grad.dtype == x.dtype
+
+    fuzz()
+
+
+@pytest.mark.parametrize("op", ["scatter_scaled", "router_weights", "policy_attention"])
+def test_raw_backward_of_other_ops_never_crashes(op):
+    @FUZZ
+    @examples
+    def fuzz(seed: int, breaks: int) -> None:
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        if op == "policy_attention":
+            (q, k, v, policy, *boundaries), _ = policy_call(rng)
+            forward = torch.ops.pruneops.policy_attention(q, k, v, policy, *boundaries, 0.3, 1e-6)
+            args = [torch.randn_like(q), q, k, v, policy, *forward, *boundaries, 0.3, 1e-6]
+            shapes = (1, 2, 3, 4)
+        elif op == "scatter_scaled":
+            x, _, branch, weights, indices = raw_arguments(op, *CALLS[op](rng))
+            args, shapes = [torch.randn_like(x), x, branch, weights, indices], (1, 2, 2, 3)
+        else:
+            x, weight, _, target, activation, scale, _ = raw_arguments(op, *CALLS[op](rng))
+            upstream, logits = torch.randn(2, x.shape[0])
+            args, shapes = [upstream, logits, x, weight, target, activation, scale], (2, 3)
+        for _ in range(breaks):
+            place = rng.randrange(len(args))
+            args[place] = broken(args[place], rng)
+        try:
+            result = getattr(torch.ops.pruneops, f"{op}_backward")(*args)
+        except (ValueError, TypeError, RuntimeError) as error:
+            assert str(error)
+            return
+        for grad, i in zip(result, shapes, strict=False):
+            assert grad.shape == args[i].shape and grad.dtype == args[i].dtype
 
     fuzz()

@@ -66,6 +66,17 @@ def attention_backward(with_lse: bool) -> tuple[Any, ...]:
     return torch.randn_like(out), dlse, q, k, v, out, lse, *rest[:-1]
 
 
+def policy(needs_grad: bool, dtype: torch.dtype) -> tuple[Any, ...]:
+    inputs = attention_inputs((5, 0, 7), head_dim=8, dtype=dtype)
+    q, k, v, policy = (x.requires_grad_(needs_grad) for x in (inputs.q, inputs.k, inputs.v, torch.rand(12)))
+    return q, k, v, policy, inputs.cu_seqlens_q, 7, 0.3, 1e-6
+
+
+def policy_backward() -> tuple[Any, ...]:
+    q, k, v, keep, *rest = policy(False, torch.float32)
+    return torch.randn_like(q), q, k, v, keep, *OPS.policy_attention(q, k, v, keep, *rest), *rest
+
+
 def decode(scores: bool) -> tuple[Any, ...]:
     k, v = torch.randn(2, 3, 9, 2, 8)
     return torch.randn(3, 4, 8), k, v, int32(9, 0, 4), 0.3, 2, scores
@@ -82,8 +93,47 @@ def column(with_lse: bool) -> tuple[Any, ...]:
     return q, k, *rest[:6], "sum", "mean", lse
 
 
+def clustering(noisy: bool, dtype: torch.dtype) -> tuple[Any, ...]:
+    noise = torch.rand(12) if noisy else None
+    return torch.randn(12, 3).to(dtype), cu_seqlens_of([4, 0, 6]), int32(2, 1, 3), 3, 6, 7, noise
+
+
+def merging(weighted: bool, needs_grad: bool, dtype: torch.dtype) -> tuple[Any, ...]:
+    x = torch.randn(12, 3).to(dtype).requires_grad_(needs_grad)
+    weights = torch.rand(12).requires_grad_(needs_grad) if weighted else None
+    ids = int32(0, 1, -1, 0, 2, 2, 0, 3, 1, 0, 0, 0)
+    return x, ids, cu_seqlens_of([4, 0, 6]), int32(2, 1, 3), 7, weights
+
+
+def averaging(needs_grad: bool, dtype: torch.dtype) -> tuple[Any, ...]:
+    x = torch.randn(12, 3).to(dtype).requires_grad_(needs_grad)
+    # At least two frames each: opcheck takes NaN for a difference.
+    return x, cu_seqlens_of([4, 0, 7]), int32(2, -1, 3), 7
+
+
 def positions() -> tuple[Any, ...]:
     return torch.arange(9), torch.arange(9), cu_seqlens_of([4, 0, 5]), cu_seqlens_of([4, 0, 5])
+
+
+def scaled(needs_grad: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    x, residual, branch = (torch.randn(n, 5).to(dtype).requires_grad_(needs_grad) for n in (9, 4, 4))
+    return x, residual, branch, torch.rand(9).requires_grad_(needs_grad), int32(7, -1, 0, 3)
+
+
+def scaled_backward() -> tuple[Tensor, ...]:
+    x, _, branch, weights, indices = scaled(False)
+    return torch.randn(9, 5), x, branch, weights, indices
+
+
+def router(needs_grad: bool, full: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    x, weight, bias = (torch.randn(*shape).to(dtype).requires_grad_(needs_grad) for shape in ((9, 5), (5,), (1,)))
+    bias, target = (bias, torch.arange(9) % 3 > 0) if full else (None, None)
+    return x, weight, bias, target, "tanh", 0.2, 1.0
+
+
+def router_backward(full: bool) -> tuple[Any, ...]:
+    x, weight, _, target, *_ = router(False, full)
+    return torch.randn(9), torch.randn(9), x, weight, target, "sigmoid", 0.2
 
 
 CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
@@ -98,18 +148,36 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "select_compact": ("select_compact", lambda: compact(True, False)),
     "select_compact-grad": ("select_compact", lambda: compact(False, True)),
     "select_compact-protect-grad": ("select_compact", lambda: compact(True, True)),
+    "scatter_scaled": ("scatter_scaled", lambda: scaled(False, torch.bfloat16)),
+    "scatter_scaled-grad": ("scatter_scaled", lambda: scaled(True)),
+    "scatter_scaled_backward": ("scatter_scaled_backward", scaled_backward),
+    "router_weights": ("router_weights", lambda: router(False, False, torch.bfloat16)),
+    "router_weights-grad": ("router_weights", lambda: router(True, False)),
+    "router_weights-target-grad": ("router_weights", lambda: router(True)),
+    "router_weights_backward": ("router_weights_backward", lambda: router_backward(False)),
+    "router_weights_backward-target": ("router_weights_backward", lambda: router_backward(True)),
     "varlen_attention": ("varlen_attention", lambda: attention(False, torch.bfloat16)),
     "varlen_attention-grad": ("varlen_attention", lambda: attention(True, torch.float32)),
     "varlen_attention-limit-grad": ("varlen_attention", lambda: attention(True, torch.float32, True)),
     "varlen_attention-slots": ("varlen_attention", lambda: attention(False, torch.float32, True, True)),
     "varlen_attention_backward": ("varlen_attention_backward", lambda: attention_backward(False)),
     "varlen_attention_backward-lse": ("varlen_attention_backward", lambda: attention_backward(True)),
+    "policy_attention": ("policy_attention", lambda: policy(False, torch.bfloat16)),
+    "policy_attention-grad": ("policy_attention", lambda: policy(True, torch.float32)),
+    "policy_attention_backward": ("policy_attention_backward", policy_backward),
     "decode_attention": ("decode_attention", lambda: decode(False)),
     "decode_attention-scores": ("decode_attention", lambda: decode(True)),
     "last_query_scores": ("last_query_scores", last_query),
     "column_scores": ("column_scores", lambda: column(False)),
     "column_scores-lse": ("column_scores", lambda: column(True)),
     "kv_limit_from_positions": ("kv_limit_from_positions", positions),
+    "dpc_knn": ("dpc_knn", lambda: clustering(False, torch.bfloat16)),
+    "dpc_knn-noise": ("dpc_knn", lambda: clustering(True, torch.float32)),
+    "merge_mean": ("merge_mean", lambda: merging(False, False, torch.bfloat16)),
+    "merge_mean-grad": ("merge_mean", lambda: merging(False, True, torch.float32)),
+    "merge_mean-weights-grad": ("merge_mean", lambda: merging(True, True, torch.float32)),
+    "position_means": ("position_means", lambda: averaging(False, torch.bfloat16)),
+    "position_means-grad": ("position_means", lambda: averaging(True, torch.float32)),
 }
 
 
@@ -124,7 +192,8 @@ def test_every_op_of_the_library_is_checked():
         schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pruneops::")
     }
     assert registered == {op for op, _ in CASES.values()}
-    assert registered == {*backends.OPS, "varlen_attention_backward"}
+    differentiable_once = {"varlen_attention", "policy_attention", "scatter_scaled", "router_weights"}
+    assert registered == {*backends.OPS, *(f"{op}_backward" for op in differentiable_once)}
 
 
 # The size of an exact threshold depends on data, which meta tensors do not have.

@@ -77,7 +77,7 @@ def test_the_metadata_names_licence_python_and_dependencies() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     requires = importlib.metadata.requires("pruneops") or []
     assert {r for r in requires if "extra" not in r} == {"torch>=2.10", "numpy"}
-    assert {"models", "cli", "triton", "bench", "test", "lint"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"models", "cli", "video", "triton", "bench", "test", "lint"} <= set(metadata.get_all("Provides-Extra"))
 
 
 def test_the_command_line_entry_point_is_installed() -> None:

@@ -22,6 +22,7 @@ ALLOWED_FAMILIES = {
     "common": {"common"},
     "selection": {"common", "selection"},
     "compaction": {"common", "compaction", "selection"},
+    "routing": {"common", "routing"},
     "clustering": {"common", "clustering", "selection"},
     "attention": {"common", "attention"},
     "runtime": {"common", "runtime"},

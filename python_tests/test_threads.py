@@ -34,11 +34,29 @@ def compaction() -> Any:
     return ops.gather_rows([x, labels], indices), ops.scatter_rows(kept, indices, 947)
 
 
+def routing(dtype: torch.dtype) -> Any:
+    """A layer whose weights come from a router, with all its gradients."""
+    x, residual, branch, weight = (
+        torch.randn(*shape).to(dtype) for shape in ((947, 300), (400, 300), (400, 300), (300,))
+    )
+    leaves = [x.requires_grad_(), residual.requires_grad_(), branch.requires_grad_(), weight.requires_grad_()]
+    logits, weights = ops.router_weights(x, weight, scale=0.2, shift=1.0)
+    out = ops.scatter_scaled(x, residual, branch, weights, torch.arange(0, 800, 2, dtype=torch.int32))
+    return logits, weights, out, torch.autograd.grad(out, leaves, torch.randn_like(out))
+
+
 def attention(dtype: torch.dtype) -> Any:
     inputs = attention_inputs(LENGTHS, heads=(6, 2), head_dim=64, dtype=dtype)
     leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     out, lse = ops.varlen_attention(*inputs.args, return_lse=True)
     return out, lse, torch.autograd.grad(out, leaves, torch.randn_like(out))
+
+
+def policy_attention(dtype: torch.dtype) -> Any:
+    inputs = attention_inputs(LENGTHS, heads=(6, 2), head_dim=64, dtype=dtype)
+    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, torch.rand(947))]
+    out = ops.policy_attention(*leaves, inputs.cu_seqlens_q, inputs.max_seqlen_q)
+    return out, torch.autograd.grad(out, leaves, torch.randn_like(out))
 
 
 def decode() -> Any:
@@ -53,13 +71,29 @@ def scores() -> Any:
     return column, ops.last_query_scores(inputs.q, inputs.k, *inputs.boundaries[:2], query_reduce="max")
 
 
+def clustering() -> Any:
+    # A shared segment, and many small ones that threads take whole.
+    results = []
+    for lengths in (LENGTHS, (60,) * 15):
+        x, cu_seqlens = torch.randn(sum(lengths), 40), cu_seqlens_of(lengths)
+        clusters = ops.dpc_knn(x, cu_seqlens, [n // 2 for n in lengths], k=7)
+        results.append((clusters, ops.merge_mean(x, clusters.cluster_ids, cu_seqlens, clusters.cu_clusters.diff())))
+        results.append(ops.position_means(x, cu_seqlens, [n // 4 for n in lengths]))
+    return results
+
+
 CALLS: dict[str, Callable[[], Any]] = {
     "selection": selection,
     "compaction": compaction,
+    "routing-float32": lambda: routing(torch.float32),
+    "routing-bfloat16": lambda: routing(torch.bfloat16),
     "attention-float32": lambda: attention(torch.float32),
     "attention-bfloat16": lambda: attention(torch.bfloat16),
+    "policy_attention-float32": lambda: policy_attention(torch.float32),
+    "policy_attention-bfloat16": lambda: policy_attention(torch.bfloat16),
     "decode": decode,
     "scores": scores,
+    "clustering": clustering,
 }
 
 

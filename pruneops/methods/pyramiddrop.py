@@ -92,6 +92,10 @@ class PyramidDrop(PruningMethod):
                 )
         return self
 
+    @property
+    def ranked_layers(self) -> tuple[int, ...]:
+        return self.layers or ()
+
     def before_layer(self, i: int, layer: nn.Module, state: DecoderState) -> None:
         if state.decoding or i not in self.layers:
             return

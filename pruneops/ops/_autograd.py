@@ -1,11 +1,12 @@
 """Gradients of the differentiable ops. Importing registers them.
 
 The formulas call ops again, so whatever is registered here for those is the second derivative: gathering and
-scattering are each other's backward pass to any order, attention is differentiable once.
+scattering are each other's backward pass to any order, ops with a backward op of their own are differentiable once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.library import register_autograd
 
 from pruneops import _library  # noqa: F401  (defines the schemas)
+from pruneops.reference.clustering import cluster_rows, position_rows
 
 Grads = list[Tensor | None]
 
@@ -119,19 +121,126 @@ def _attention_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
     return (*grads, *[None] * 8)
 
 
+def _scaled_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    x, _, branch, weights, indices = inputs
+    ctx.save_for_backward(x, branch, weights, indices)
+
+
+def _scaled_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    return (*torch.ops.pruneops.scatter_scaled_backward.default(dout, *ctx.saved_tensors), None)
+
+
+def _router_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, target, ctx.activation, ctx.scale, _ = inputs
+    logits, _ = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(logits)
+    ctx.save_for_backward(logits, x, weight, target)
+    ctx.has_bias = bias is not None
+
+
+def _router_backward(ctx: Any, _logits: None, dweights: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dweights is None:
+        return (None,) * 7
+    dx, dweight, dbias = torch.ops.pruneops.router_weights_backward.default(
+        dweights, *ctx.saved_tensors, ctx.activation, ctx.scale
+    )
+    return (dx, dweight, dbias if ctx.has_bias else None, *[None] * 4)
+
+
+def _policy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, policy, cu_seqlens, max_seqlen, scale, epsilon = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(q, k, v, policy, *output, cu_seqlens)
+    ctx.numbers = max_seqlen, scale, epsilon
+
+
+def _policy_backward(ctx: Any, dout: Tensor, _max: None, _sum: None) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.pruneops.policy_attention_backward.default(dout, *ctx.saved_tensors, *ctx.numbers)
+    return (*grads, *[None] * 4)
+
+
 def _no_second_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Nothing to keep: the backward pass below only refuses."""
 
 
-def _no_second_backward(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "pruneops::varlen_attention is differentiable once; "
-        "use pruneops.backends.use('reference') for second derivatives"
+def _no_second_backward_of(op: str) -> Callable[..., None]:
+    def refuse(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(
+            f"pruneops::{op} is differentiable once; use pruneops.backends.use('reference') for second derivatives"
+        )
+
+    return refuse
+
+
+def _mean_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, cluster_ids, cu_seqlens, num_clusters, capacity, weights = inputs
+    merged, counts = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(counts)
+    weighted = weights is not None and weights.requires_grad
+    ctx.save_for_backward(
+        cluster_ids, cu_seqlens, num_clusters, counts, weights, x if weighted else None, merged if weighted else None
     )
+    ctx.capacity, ctx.dtype = capacity, x.dtype
+    ctx.trailing = 4 if weights is None else 5  # as in select_compact
+
+
+def _mean_backward(ctx: Any, dmerged: Tensor | None, _counts: None) -> tuple[Tensor | None, ...]:
+    """``dx_i = w_i / W dmerged`` and ``dw_i = (x_i - merged) . dmerged / W``, with W the weight of the cluster."""
+    cluster_ids, cu_seqlens, num_clusters, counts, weights, x, merged = ctx.saved_tensors
+    if dmerged is None or ctx.capacity == 0:
+        return (None,) * (ctx.trailing + 1)
+    rows = cluster_rows(cluster_ids, cu_seqlens, num_clusters, ctx.capacity)
+    inside, rows = rows < ctx.capacity, rows.clamp(max=ctx.capacity - 1)
+    total = counts.float()
+    if weights is not None:
+        # Its mean over the members, times their number, is the weight of a cluster in a fixed order of summation.
+        mean, _ = torch.ops.pruneops.merge_mean.default(
+            weights[:, None], cluster_ids, cu_seqlens, num_clusters, ctx.capacity
+        )
+        total = total * mean[:, 0]
+    alive = total != 0
+    inverse = torch.where(alive, 1.0 / torch.where(alive, total, 1.0), 0.0).index_select(0, rows)
+    inside = inside & alive.index_select(0, rows)
+    upstream = dmerged.index_select(0, rows).float()
+    dx = dweights = None
+    if ctx.needs_input_grad[0]:
+        share = inverse if weights is None else inverse * weights
+        dx = torch.where(inside[:, None], upstream * share[:, None], 0.0).to(ctx.dtype)
+    if weights is not None and ctx.needs_input_grad[5]:
+        apart = x.float() - merged.index_select(0, rows).float()
+        dweights = torch.where(inside, (apart * upstream).sum(-1) * inverse, 0.0)
+    return (dx, *[None] * 4, dweights)[: ctx.trailing + 1]
+
+
+def _positions_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, cu_seqlens, num_positions, ctx.capacity = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(cu_seqlens, num_positions)
+    ctx.total, ctx.dtype = x.shape[0], x.dtype
+
+
+def _positions_backward(ctx: Any, dmeans: Tensor | None, _similarity: None) -> tuple[Tensor | None, ...]:
+    """``dx_w = dmeans / W`` for each of the W frames of a position."""
+    if dmeans is None or ctx.capacity == 0:
+        return (None,) * 4
+    cu_seqlens, num_positions = ctx.saved_tensors
+    slot, frames, _ = position_rows(cu_seqlens, num_positions, ctx.total, ctx.capacity)
+    shares = (dmeans.float() / frames.clamp(min=1)[:, None]).to(ctx.dtype)
+    # One more row, of zeros, for the rows that belong to no position.
+    return torch.nn.functional.pad(shares, (0, 0, 0, 1)).index_select(0, slot), None, None, None
 
 
 register_autograd("pruneops::gather_rows", _gather_backward, setup_context=_gather_setup)
 register_autograd("pruneops::scatter_rows", _scatter_backward, setup_context=_scatter_setup)
 register_autograd("pruneops::select_compact", _compact_backward, setup_context=_compact_setup)
 register_autograd("pruneops::varlen_attention", _attention_backward, setup_context=_attention_setup)
-register_autograd("pruneops::varlen_attention_backward", _no_second_backward, setup_context=_no_second_setup)
+register_autograd("pruneops::merge_mean", _mean_backward, setup_context=_mean_setup)
+register_autograd("pruneops::position_means", _positions_backward, setup_context=_positions_setup)
+register_autograd("pruneops::scatter_scaled", _scaled_backward, setup_context=_scaled_setup)
+register_autograd("pruneops::router_weights", _router_backward, setup_context=_router_setup)
+register_autograd("pruneops::policy_attention", _policy_backward, setup_context=_policy_setup)
+for _op in ("varlen_attention", "policy_attention", "scatter_scaled", "router_weights"):
+    register_autograd(f"pruneops::{_op}_backward", _no_second_backward_of(_op), setup_context=_no_second_setup)

@@ -7,7 +7,6 @@ clamp. Every message names the argument, what was expected and what came.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -88,19 +87,22 @@ def real(name: str, value: Any) -> float:
     """Checks a host number and returns it as a float; infinities pass, NaN does not."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if isinstance(value, (int, float)) and math.isnan(value):
+    if isinstance(value, (int, float)) and value != value:
         raise ValueError(f"{name} must be a number, got {value}")
     return float(value) if isinstance(value, int) else value
 
 
+def finite(name: str, value: Any) -> float:
+    """Checks a host number that must be finite in float32 and returns it as a float."""
+    number = real(name, value)
+    if isinstance(number, float) and abs(number) > _FLOAT32_MAX:
+        raise ValueError(f"{name} must be finite in float32, got {number}")
+    return number
+
+
 def scale(softmax_scale: Any, head_dim: int) -> float:
     """The softmax scale to use: the one given, which must be finite in float32, or ``head_dim ** -0.5``."""
-    if softmax_scale is None:
-        return head_dim**-0.5
-    value = real("softmax_scale", softmax_scale)
-    if isinstance(value, float) and abs(value) > _FLOAT32_MAX:
-        raise ValueError(f"softmax_scale must be finite in float32, got {value}")
-    return value
+    return head_dim**-0.5 if softmax_scale is None else finite("softmax_scale", softmax_scale)
 
 
 def cu_seqlens(
@@ -168,6 +170,16 @@ def counts_tensor(counts: list[int] | Tensor, device: torch.device) -> Tensor:
     if counts.dtype == torch.int64:  # too large for any segment, but must not wrap to something smaller
         counts = counts.clamp(-_INT32_MAX, _INT32_MAX)
     return counts.to(device=device, dtype=torch.int32, non_blocking=True)
+
+
+def autocast_to(x: Any, *tensors: Any) -> tuple[Any, ...]:
+    """``tensors`` in the dtype of ``x`` under autocast, where layers return other dtypes; else unchanged."""
+    if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    return tuple(
+        other.to(x.dtype) if isinstance(other, Tensor) and {other.dtype, x.dtype} <= KERNEL_FLOATS else other
+        for other in tensors
+    )
 
 
 def constant(tensor: Tensor) -> Tensor:

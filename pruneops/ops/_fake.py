@@ -73,6 +73,50 @@ def _select_compact(
     return _resized(tensors, capacity), indices, cu_seqlens.new_empty(cu_seqlens.shape)
 
 
+@register_fake("pruneops::scatter_scaled")
+def _scatter_scaled(x: Tensor, residual: Tensor, branch: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    _one_device(x, residual, branch, weights, indices)
+    return x.new_empty(x.shape)
+
+
+@register_fake("pruneops::scatter_scaled_backward")
+def _scatter_scaled_backward(
+    dout: Tensor, x: Tensor, branch: Tensor, weights: Tensor, indices: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _one_device(dout, x, branch, weights, indices)
+    kept = branch.shape
+    return x.new_empty(x.shape), x.new_empty(kept), x.new_empty(kept), weights.new_empty(weights.shape)
+
+
+@register_fake("pruneops::router_weights")
+def _router_weights(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    activation: str,
+    scale: float,
+    shift: float,
+) -> tuple[Tensor, Tensor]:
+    _one_device(x, weight, bias, target)
+    logits, weights = (x.new_empty((x.shape[0],), dtype=torch.float32) for _ in range(2))
+    return logits, weights
+
+
+@register_fake("pruneops::router_weights_backward")
+def _router_weights_backward(
+    dweights: Tensor,
+    logits: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor | None,
+    activation: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _one_device(dweights, logits, x, weight, target)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty((1,))
+
+
 @register_fake("pruneops::varlen_attention")
 def _varlen_attention(
     q: Tensor,
@@ -110,6 +154,41 @@ def _varlen_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _one_device(dout, dsoftmax_lse, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, kv_limit)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@register_fake("pruneops::policy_attention")
+def _policy_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _one_device(q, k, v, policy, cu_seqlens)
+    of_rows = (q.shape[1], q.shape[0])
+    return q.new_empty(q.shape), q.new_empty(of_rows, dtype=torch.float32), q.new_empty(of_rows, dtype=torch.float32)
+
+
+@register_fake("pruneops::policy_attention_backward")
+def _policy_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    out: Tensor,
+    softmax_max: Tensor,
+    softmax_sum: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _one_device(dout, q, k, v, policy, out, softmax_max, softmax_sum, cu_seqlens)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), policy.new_empty(policy.shape)
 
 
 @register_fake("pruneops::decode_attention")
@@ -170,3 +249,39 @@ def _kv_limit_from_positions(
 ) -> Tensor:
     _one_device(position_ids_q, position_ids_k, cu_seqlens_q, cu_seqlens_k)
     return _indices(position_ids_q, position_ids_q.shape[0])
+
+
+@register_fake("pruneops::dpc_knn")
+def _dpc_knn(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    num_clusters: Tensor,
+    k: int,
+    max_seqlen: int,
+    capacity: int,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _one_device(x, cu_seqlens, num_clusters, noise)
+    rows = (x.shape[0],)
+    density, delta, score = (x.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    ids, centers = _indices(x, x.shape[0]), _indices(x, capacity)
+    return ids, centers, cu_seqlens.new_empty(cu_seqlens.shape), density, delta, score
+
+
+@register_fake("pruneops::merge_mean")
+def _merge_mean(
+    x: Tensor,
+    cluster_ids: Tensor,
+    cu_seqlens: Tensor,
+    num_clusters: Tensor,
+    capacity: int,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _one_device(x, cluster_ids, cu_seqlens, num_clusters, weights)
+    return x.new_empty((capacity, x.shape[1])), _indices(x, capacity)
+
+
+@register_fake("pruneops::position_means")
+def _position_means(x: Tensor, cu_seqlens: Tensor, num_positions: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    _one_device(x, cu_seqlens, num_positions)
+    return x.new_empty((capacity, x.shape[1])), x.new_empty((capacity,), dtype=torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,13 +12,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pruneops import ops, reference
+from pruneops.ops import DPCKNNResult
 from pruneops.testing import (
+    BACKWARD_FACTOR,
+    FORWARD_FACTOR,
     PEER_ORDERS,
     AttentionInputs,
     assert_bitwise_equal,
     assert_repeatable,
     assert_within_rounding,
     peer_attention,
+    peer_policy_attention,
+    peer_policy_gradients,
     peer_scores,
     strided,
 )
@@ -33,9 +38,15 @@ NATIVE_OPS = (
     "gather_rows",
     "scatter_rows",
     "select_compact",
+    "scatter_scaled",
+    "router_weights",
+    "policy_attention",
     "last_query_scores",
     "column_scores",
     "kv_limit_from_positions",
+    "dpc_knn",
+    "merge_mean",
+    "position_means",
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -119,6 +130,121 @@ def assert_scores_within_rounding(
     condition = 1.0 + max([0.0, *lse[lse.isfinite()].abs().tolist()])
     assert_within_rounding(ours.cpu(), peers, oracle, condition=condition, name="scores")
     return ours
+
+
+# Clustering.
+
+
+def assert_density_peaks(
+    ours: DPCKNNResult, x: Tensor, cu_seqlens: Tensor, counts: Sequence[int], k: int, noise: Tensor | None = None
+) -> None:
+    """Holds every step of dpc_knn against float64, given what the step before it found; all tensors on the CPU.
+
+    So no step can hide behind the rounding of another one. The margin is 1e-6 of the largest distance of a segment.
+    """
+    bounds = cu_seqlens.clamp(0, x.shape[0]).cummax(0).values.tolist()
+    assert ours.cu_clusters[0] == 0
+    inside = torch.zeros(x.shape[0], dtype=torch.bool)
+    for b, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        first, last = ours.cu_clusters[b : b + 2].tolist()
+        wanted = min(max(counts[b], 1), stop - start)
+        assert last == min(first + wanted, ours.center_indices.shape[0])
+        inside[start:stop] = True
+        if start < stop:
+            segment = slice(start, stop)
+            _assert_peaks_of_segment(
+                *(part[segment] for part in (ours.cluster_ids, ours.density, ours.delta, ours.score)),
+                ours.center_indices[first:last].long() - start,
+                x[segment],
+                k,
+                None if noise is None else noise[segment],
+            )
+    assert (ours.center_indices[int(ours.cu_clusters[-1]) :] == -1).all()
+    assert (ours.cluster_ids[~inside] == -1).all()
+    for part in (ours.density, ours.delta, ours.score):
+        assert (part[~inside] == 0).all()
+
+
+def _assert_peaks_of_segment(
+    ids: Tensor,
+    density: Tensor,
+    delta: Tensor,
+    score: Tensor,
+    centers: Tensor,
+    x: Tensor,
+    k: int,
+    noise: Tensor | None,
+) -> None:
+    wide, rows = x.double(), torch.arange(x.shape[0])
+    exact = torch.cdist(wide, wide, compute_mode="donot_use_mm_for_euclid_dist") / max(x.shape[1], 1) ** 0.5
+    exact = exact.nan_to_num(torch.inf, torch.inf).fill_diagonal_(0.0)
+    margin = 1e-6 * max([0.0, *exact[exact.isfinite()].flatten().amax(0, keepdim=True).tolist()])
+
+    nearest = exact.topk(min(k, len(rows)), largest=False).values
+    expected = (-nearest.square().mean(-1)).exp()
+    slack = 2 * nearest[:, -1].nan_to_num(posinf=0.0) * margin + 2e-6
+    if noise is not None:
+        expected = expected + noise.double() * 1e-6
+    assert ((density.double() - expected).abs() <= expected * slack + 1e-30).all()
+
+    denser = density > density[:, None]
+    if noise is None:
+        denser |= (density == density[:, None]) & (rows < rows[:, None])
+    expected = torch.where(denser.any(-1), exact.masked_fill(~denser, torch.inf).amin(-1), exact.max())
+    assert ((delta == expected) | ((delta - expected).abs() <= margin)).all()
+    assert torch.equal(score.nan_to_num(-1.0), (delta * density).nan_to_num(-1.0))
+
+    order = sorted(rows.tolist(), key=lambda i: (-score[i].item() if score[i] == score[i] else torch.inf, i))
+    assert centers.tolist() == order[: len(centers)]
+    if len(centers) == 0:
+        assert (ids == -1).all()
+        return
+    assert torch.equal(ids[centers], torch.arange(len(centers), dtype=torch.int32))
+    assert ((ids >= 0) & (ids < len(centers))).all()
+    others = ~torch.isin(rows, centers)
+    to_centers = exact[:, centers]
+    chosen = to_centers.gather(1, ids[:, None].long())[:, 0]
+    least = to_centers.amin(-1)
+    assert ((chosen == least) | (chosen <= least + margin))[others].all()
+
+
+# Attention under a policy.
+
+
+def policy_attention(
+    module: Any, inputs: AttentionInputs, policy: Tensor, dout: Tensor, **options: Any
+) -> list[Tensor]:
+    """Output and the four gradients."""
+    leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, policy)]
+    out = module.policy_attention(*leaves, inputs.cu_seqlens_q, inputs.max_seqlen_q, **options)
+    if not out.requires_grad:  # a batch without segments connects nothing
+        return [out, *(torch.zeros_like(x) for x in leaves)]
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+
+
+def assert_policy_within_rounding(
+    inputs: AttentionInputs,
+    policy: Tensor,
+    view: Callable[[Tensor], Tensor] = lambda x: x,
+    **options: Any,
+) -> None:
+    """Compares output and gradients on the device with a float64 oracle on the CPU."""
+    dout = torch.randn_like(inputs.q)
+    moved, policy_moved, dout_moved = inputs_on_device(inputs, view), on_device(policy), view(on_device(dout))
+    ours = assert_repeatable(lambda: policy_attention(ops, moved, policy_moved, dout_moved, **options))
+    oracle = policy_attention(reference, inputs.to(torch.float64), policy.double(), dout, **options)
+    orders = PEER_ORDERS if inputs.q.dtype == torch.float32 else (0,)
+    peers = [[peer_policy_attention(inputs, policy, order=order, **options)] for order in orders]
+    for peer, order in zip(peers, orders, strict=True):
+        peer += peer_policy_gradients(inputs, policy, dout, order=order, **options)
+    scale = options.get("softmax_scale", inputs.q.shape[2] ** -0.5)
+    lengths = [float(x.double().norm(dim=-1).max()) if x.numel() else 0.0 for x in (inputs.q, inputs.k)]
+    for i, name in enumerate(("out", "dq", "dk", "dv", "dpolicy")):
+        # A large dpolicy is a single exponential: rounding its logit moves it by as much as the logit is large.
+        condition = 1.0 + abs(scale) * lengths[0] * lengths[1] if name == "dpolicy" else 1.0
+        factor = FORWARD_FACTOR if name == "out" else BACKWARD_FACTOR
+        expected = [peer[i] for peer in peers]
+        assert_within_rounding(ours[i].cpu(), expected, oracle[i], factor=factor, condition=condition, name=name)
 
 
 # Asynchrony.

@@ -44,6 +44,11 @@ def compact() -> tuple[Any, ...]:
     return scores, rows(), cu_seqlens, int32(2, 0, 1), 7, protect
 
 
+def policy() -> tuple[Any, ...]:
+    inputs = attention_inputs((5, 0, 7), head_dim=8)
+    return inputs.q, inputs.k, inputs.v, torch.rand(12), inputs.cu_seqlens_q, 7, 0.3, 1e-6
+
+
 def last_query() -> tuple[Any, ...]:
     inputs = attention_inputs((5, 0, 7), (6, 2, 7), head_dim=8, dtype=torch.bfloat16)
     limit = torch.randint(0, 7, (12,), dtype=torch.int32)
@@ -59,17 +64,40 @@ def positions() -> tuple[Any, ...]:
     return torch.arange(9), torch.arange(9), cu_seqlens_of([4, 0, 5]), cu_seqlens_of([4, 0, 5])
 
 
+def peaks() -> tuple[Any, ...]:
+    return torch.randn(9, 6), cu_seqlens_of([4, 0, 5]), int32(2, 1, 9), 3, 5, 8, torch.rand(9)
+
+
+def means() -> tuple[Any, ...]:
+    return torch.randn(9, 6), torch.arange(9).int() % 4, cu_seqlens_of([4, 0, 5]), int32(2, 1, 3), 7, torch.rand(9)
+
+
+def scaled() -> tuple[Any, ...]:
+    return torch.randn(9, 5), torch.randn(4, 5), torch.randn(4, 5), torch.rand(9), int32(7, -1, 0, 3)
+
+
+def router() -> tuple[Any, ...]:
+    return torch.randn(9, 5), torch.randn(5), torch.randn(1), torch.arange(9) % 3 > 0, "tanh", 0.2, 1.0
+
+
 CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "segment_topk": topk,
     "segment_threshold": threshold,
     "gather_rows": lambda: (rows(), int32(3, -1, 0)),
     "scatter_rows": lambda: (rows(), int32(3, -1, 0, 5, 6, 7, 8, 9, 11), 12),
     "select_compact": compact,
+    "scatter_scaled": scaled,
+    "router_weights": router,
+    "policy_attention": policy,
     "last_query_scores": last_query,
     "column_scores": column,
     "kv_limit_from_positions": positions,
+    "dpc_knn": peaks,
+    "merge_mean": means,
+    "position_means": lambda: (torch.randn(9, 6), cu_seqlens_of([4, 0, 5]), int32(2, -1, 2), 7),
 }
-DIFFERENTIABLE = ("gather_rows", "scatter_rows", "select_compact")
+DIFFERENTIABLE = ("gather_rows", "scatter_rows", "select_compact", "merge_mean", "position_means")
+DIFFERENTIABLE += ("scatter_scaled", "router_weights", "policy_attention")
 
 
 def needing_grad(args: Any) -> Any:

@@ -91,6 +91,14 @@ def test_default_stages_are_stored_as_such() -> None:
     assert model.pruning_run.method.layers == (3,)
 
 
+def test_a_method_attached_later_is_saved_as_it_was_given(tmp_path: Path) -> None:
+    model = tiny.llava(models.LlavaForConditionalGeneration, pruning=DROP)
+    pruneops.detach(model)
+    pruneops.attach(model, PyramidDrop(keep_ratios=(0.5,)))
+    model.save_pretrained(tmp_path)
+    assert models.LlavaForConditionalGeneration.from_pretrained(tmp_path).config.pruning["layers"] is None
+
+
 def test_a_method_as_a_dict(tmp_path: Path) -> None:
     tiny.llava().save_pretrained(tmp_path)
     model = models.LlavaForConditionalGeneration.from_pretrained(tmp_path, pruning=DROP.to_dict())
