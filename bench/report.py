@@ -28,6 +28,40 @@ def _row(info: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _generation_row(info: dict[str, Any]) -> str:
+    spread = f" ({info['ratio_low']:.2f} to {info['ratio_high']:.2f})" if info["ratio"] != 1 else ""
+    cells = (
+        info["workload"],
+        info["side"],
+        f"{info['kept']:.0%}",
+        f"{info['used'] / 2**20:.1f}",
+        f"{info['allocated'] / 2**20:.1f}",
+        f"{info['growths']:.1f}",
+        f"{info['copied'] / 2**10:.1f}",
+        _time(info["ms"]),
+        f"{info['quarters']:.2f}",
+        f"**{info['ratio']:.2f}**{spread}",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def generation(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of the section on long generation; none without rows."""
+    if not rows:
+        return []
+    return [
+        "## Long generation",
+        "",
+        HOW_TO_READ_GENERATION,
+        "",
+        "| rows x (prompt + new) | decoder | new tokens kept | KV used MiB | KV allocated MiB "
+        "| reallocations of a layer | KiB copied a step | ms a step | last / first quarter | time / Dynamic-LLaVA |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
+        *map(_generation_row, rows),
+        "",
+    ]
+
+
 def conditions(run: dict[str, Any]) -> str:
     """One paragraph: the machine, the versions and the ceilings measured in the run."""
     machine = run["machine_info"]
@@ -60,9 +94,18 @@ limit: inputs of a few megabytes stay in cache, and attention kernels may use th
 the matrix product of the library does."""
 
 
+HOW_TO_READ_GENERATION = """\
+Every decoder is fed the same tokens, one a step and row, in turns of 64 steps; a time is the mean over all steps, those
+that grow the cache included. Used are the bytes of the keys and values held, allocated those of all slots. A
+reallocation gives a layer new tensors and copies what it held: the KiB copied a step are all of it, spread over the
+steps. Quarters compare median steps, so what is left of their growth is attention to a longer cache. The last column is
+the time beside that of Dynamic-LLaVA (above 1: Dynamic-LLaVA is faster), with the extremes of the turns."""
+
+
 def markdown(run: dict[str, Any]) -> str:
     """The whole report: conditions, how to read it, one row a comparison."""
     rows = [bench["extra_info"] for bench in run["benchmarks"] if "ratio" in bench["extra_info"]]
+    generated = [row for bench in run["benchmarks"] for row in bench["extra_info"].get("generation", ())]
     lines = [
         "# pruneops against plain torch",
         "",
@@ -74,6 +117,7 @@ def markdown(run: dict[str, Any]) -> str:
         "|---|---|---|---:|---:|---|---:|---|",
         *map(_row, rows),
         "",
+        *generation(generated),
     ]
     return "\n".join(lines)
 

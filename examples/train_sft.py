@@ -21,12 +21,19 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from pruneops import models
-from pruneops.methods import PMoD, PruningMethod, PyramidDrop, method_from_dict
+from pruneops.methods import DynamicLlava, PMoD, PruningMethod, PyramidDrop, method_from_dict
 from pruneops.models import checkpoints
-from pruneops.training import Collator, LlavaDataset
+from pruneops.training import Collator, GumbelTemperature, LlavaDataset, parameter_groups
 
 log = logging.getLogger("train_sft")
-METHODS: dict[str, type[PruningMethod] | None] = {"dense": None, "pyramiddrop": PyramidDrop, "pmod": PMoD}
+METHODS: dict[str, type[PruningMethod] | None] = {
+    "dense": None,
+    "pyramiddrop": PyramidDrop,
+    "pmod": PMoD,
+    "dynamic-llava": DynamicLlava,
+}
+#: The learning rates of the published trainings: Dynamic-LLaVA begins with a model that was fine-tuned already.
+LEARNING_RATE, DYNAMIC_LEARNING_RATE = 2e-5, 5e-6
 
 
 @dataclass
@@ -67,9 +74,17 @@ class SftArguments:
 
 @dataclass
 class SftTrainingArguments(TrainingArguments):
-    """TrainingArguments with the defaults that LLaVA and p-MoD were trained with."""
+    """TrainingArguments with the defaults that LLaVA, p-MoD and Dynamic-LLaVA were trained with."""
 
-    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": f"The initial learning rate (default: {LEARNING_RATE}, for dynamic-llava {DYNAMIC_LEARNING_RATE})."
+        },
+    )
+    predictor_learning_rate: float = field(
+        default=2e-4, metadata={"help": "That of the predictors of dynamic-llava; they have no weight decay."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up, or their share if below 1."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs."})
@@ -98,7 +113,7 @@ def load_model(arguments: SftArguments) -> Any:
     layout = checkpoints.layout_of(config)
     if layout is not None:
         name = checkpoints.read_original(folder, arguments.vision_tower).class_name
-        carried = layout.name
+        carried = layout.method_name
     elif config.get("model_type") in ("llava", "llava_next"):
         name = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}[
             config["model_type"]
@@ -106,6 +121,7 @@ def load_model(arguments: SftArguments) -> Any:
         carried = (config.get("pruning") or {}).get("method")
     else:
         raise ValueError(f"--model: {arguments.model} is of the type {config.get('model_type')!r}, expected a LLaVA")
+    carried = next((option for option, cls in METHODS.items() if cls is not None and cls.name == carried), carried)
     method = method_of(arguments)
     if method is None and carried is not None:
         raise ValueError(f"--method: got dense for a checkpoint of the method {carried}, expected --method {carried}")
@@ -118,10 +134,29 @@ def load_model(arguments: SftArguments) -> Any:
     return model
 
 
+class SftTrainer(Trainer):
+    """The stock Trainer with a learning rate of their own for the predictors of Dynamic-LLaVA.
+
+    The optimizer is made here because sharding may put other parameters in the place of the model's first.
+    """
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            trained = self.model if model is None else model
+            cls, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            groups = parameter_groups(
+                trained, weight_decay=self.args.weight_decay, predictor_lr=self.args.predictor_learning_rate
+            )
+            self.optimizer_cls_and_kwargs = cls, {**settings, "params": groups}
+        return super().create_optimizer(model)
+
+
 def main(command_line: Sequence[str] | None = None) -> Trainer:
     """Train; returns the Trainer."""
     parser = HfArgumentParser((SftArguments, SftTrainingArguments), description=__doc__.splitlines()[0])
     arguments, training = parser.parse_args_into_dataclasses(command_line)
+    if training.learning_rate is None:
+        training.learning_rate = DYNAMIC_LEARNING_RATE if arguments.method == "dynamic-llava" else LEARNING_RATE
     logging.basicConfig(level=logging.INFO if training.process_index == 0 else logging.WARNING, stream=sys.stderr)
     set_seed(training.seed)
 
@@ -133,12 +168,14 @@ def main(command_line: Sequence[str] | None = None) -> Trainer:
     log.info("method: %s", "dense" if model.pruning_run is None else model.pruning_run.method)
     log.info("%d samples, %.3f million trained weights", len(dataset), trained / 1e6)
 
-    trainer = Trainer(
+    dynamic = model.pruning_run is not None and isinstance(model.pruning_run.method, DynamicLlava)
+    trainer = (SftTrainer if dynamic else Trainer)(
         model=model,
         args=training,
         train_dataset=dataset,
         data_collator=Collator(processor),
         processing_class=processor,
+        callbacks=[GumbelTemperature()] if dynamic else None,
     )
     resume = training.resume_from_checkpoint
     if resume == "last":

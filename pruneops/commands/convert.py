@@ -13,9 +13,11 @@ TEXT = """\
 Converts a checkpoint between the layout that the authors of a method publish and that
 of Hugging Face. The layout of CHECKPOINT is read off its config.json, never its name.
 
-  pmod   p-MoD: LLaVA's original names and config keys, model_type pmod_llava_llama
-  hf     LLaVA or LLaVA-NeXT of transformers with config.pruning; load it with the class
-         of the same name in pruneops.models, since stock transformers ignores the method
+  pmod            p-MoD: LLaVA's original names and config keys, model_type pmod_llava_llama
+  dynamic-llava   Dynamic-LLaVA: the same, model_type llava_llama or dynamic_llava_llama with
+                  sparse_config
+  hf              LLaVA or LLaVA-NeXT of transformers with config.pruning; load it with the class
+                  of the same name in pruneops.models, since stock transformers ignores the method
 
 Tensors are copied bit by bit, one at a time. To hf, the embedding and the head get rows
 for the image token, which original LLaVA does not have; the way back removes them. If
@@ -27,10 +29,11 @@ examples:
   pruneops convert --from pmod p-MoD-LLaVA-NeXT-7B pmod-next-hf
   pruneops convert --from pmod CHECKPOINT OUT --vision-tower openai/clip-vit-large-patch14-336
   pruneops convert --to pmod pmod-next-hf back
+  pruneops convert --from dynamic-llava Dynamic-LLaVA-7B dynamic-llava-hf
 
 exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted
 """
-LAYOUTS = ["hf", "pmod"]
+LAYOUTS = ["hf", "pmod", "dynamic-llava"]
 
 
 def add_parser(commands: Any) -> None:

@@ -209,6 +209,14 @@ class DynamicLlava(PruningMethod):
             return ImagePredictor(hidden_size, *sizes, **factory)
         return TextPredictor(hidden_size, self.d_model, **factory)
 
+    def predictor_shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the predictors' parameters, as in the text model, for hidden states of that width."""
+        return {
+            f"{name}.{key}": tuple(weight.shape)
+            for name in self._wanted
+            for key, weight in self._new(name, hidden_size, device="meta").named_parameters()
+        }
+
     def prepare(self, text_model: nn.Module) -> None:
         if predictors_of(text_model):
             return  # check_modules says whether they fit

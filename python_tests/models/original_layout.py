@@ -1,4 +1,5 @@
-"""Writes tiny random checkpoints exactly as the authors of p-MoD publish theirs, and builds the same models by hand."""
+"""Writes tiny random checkpoints exactly as the authors of p-MoD and Dynamic-LLaVA publish theirs, and builds the same
+models by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, PreTrainedTokenizerFast
 
 import pruneops
-from pruneops.methods import PMoD
+from pruneops.methods import PMoD, PruningMethod
+from pruneops.methods.dynamic_llava import predictors_of
 
 #: The published schedule reaches layer 8 first: 12 layers have 4 mixture-of-depths layers.
 LAYERS, HIDDEN, VOCAB = 12, 32, 259
@@ -37,10 +39,36 @@ METHOD = {
     "mod_special_init": True,
     "mod_target_layer_indices": list(MOD_LAYERS),
 }
+#: The other method, and what its config says beside it.
+SPARSE = {
+    "use_vision_predictor": True,
+    "vision_keep_rate": 0.3,
+    "use_text_predictor": True,
+    "use_output_text_predictor": True,
+    "output_text_keep_rate": 0.5,
+    "output_text_len_for_training": 50,
+    "use_instruct_predictor": False,
+    "instruct_keep_rate": 0.7,
+    "instruct_len_for_training": 25,
+    "sparse_layer": 2,
+    "d_model": 16,
+    "nhead": 2,
+    "dim_feedforward": 24,
+    "num_layers": 2,
+    "mask_loss_weight": 100.0,
+}
+#: Of 16 image tokens.
+KEPT = 4
+DYNAMIC = {
+    "sparse_config": SPARSE,
+    "model_type": "llava_llama",
+    "architectures": ["DynamicLlavaLlamaForCausalLM"],
+    "_name_or_path": "liuhaotian/llava-v1.5-7b",
+}
 
 
-def original_config(anyres: bool, **changes: Any) -> dict[str, Any]:
-    return {
+def original_config(anyres: bool, dynamic: bool = False, **changes: Any) -> dict[str, Any]:
+    config = {
         "_name_or_path": "lmsys/vicuna-7b-v1.5",
         "architectures": ["PmodLlavaLlamaForCausalLM"],
         "attention_bias": False,
@@ -85,8 +113,10 @@ def original_config(anyres: bool, **changes: Any) -> dict[str, Any]:
         "use_cache": True,
         "use_mm_proj": True,
         "vocab_size": VOCAB,
-        **changes,
     }
+    if dynamic:
+        config = {key: value for key, value in config.items() if key not in METHOD} | DYNAMIC
+    return {**config, **changes}
 
 
 def _layer_shapes(prefix: str) -> dict[str, tuple[int, ...]]:
@@ -124,11 +154,40 @@ def tower_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def original_shapes(anyres: bool, tower: bool = True) -> dict[str, tuple[int, ...]]:
+def predictor_shapes(instruct: bool) -> dict[str, tuple[int, ...]]:
+    """The predictors of Dynamic-LLaVA, with one for the question or without."""
+    image, d = "model.image_score_predictor.", 16
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{image}down_mlp.0.weight": (HIDDEN,),
+        f"{image}down_mlp.0.bias": (HIDDEN,),
+        f"{image}down_mlp.1.weight": (d, HIDDEN),
+        f"{image}down_mlp.1.bias": (d,),
+    }
+    for j in range(2):
+        block = f"{image}transformer.{j}."
+        for name in ("norm1", "norm2"):
+            shapes |= {f"{block}{name}.weight": (d,), f"{block}{name}.bias": (d,)}
+        shapes |= {f"{block}attn.qkv.weight": (3 * d, d)}
+        shapes |= {f"{block}attn.proj.weight": (d, d), f"{block}attn.proj.bias": (d,)}
+        shapes |= {f"{block}mlp.fc1.weight": (24, d), f"{block}mlp.fc1.bias": (24,)}
+        shapes |= {f"{block}mlp.fc2.weight": (d, 24), f"{block}mlp.fc2.bias": (d,)}
+    for i, (wide, narrow) in {0: (d, 8), 2: (8, 4), 4: (4, 2)}.items():
+        shapes |= {f"{image}output_mlp.{i}.weight": (narrow, wide), f"{image}output_mlp.{i}.bias": (narrow,)}
+    for name in ("output_text", *(["instruct"] if instruct else [])):
+        mlp = f"model.{name}_score_predictor.output_mlp."
+        shapes |= {f"{mlp}0.weight": (HIDDEN,), f"{mlp}0.bias": (HIDDEN,)}
+        for i, (wide, narrow) in {1: (HIDDEN, d), 3: (d, 8), 5: (8, 4), 7: (4, 2)}.items():
+            shapes |= {f"{mlp}{i}.weight": (narrow, wide), f"{mlp}{i}.bias": (narrow,)}
+    return shapes
+
+
+def original_shapes(
+    anyres: bool, tower: bool = True, dynamic: bool = False, instruct: bool = False
+) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of an original checkpoint."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
     for i in range(LAYERS):
-        if i in MOD_LAYERS:
+        if i in MOD_LAYERS and not dynamic:
             shapes |= _layer_shapes(f"model.layers.{i}.decoder_layer.")
             shapes |= {f"model.layers.{i}.router.router.weight": (1, HIDDEN)}
             shapes |= {f"model.layers.{i}.router.router.bias": (1,)}
@@ -139,6 +198,8 @@ def original_shapes(anyres: bool, tower: bool = True) -> dict[str, tuple[int, ..
     shapes |= {"model.mm_projector.2.weight": (HIDDEN, HIDDEN), "model.mm_projector.2.bias": (HIDDEN,)}
     if anyres:
         shapes["model.image_newline"] = (HIDDEN,)
+    if dynamic:
+        shapes |= predictor_shapes(instruct)
     if tower:
         shapes |= {f"model.vision_tower.vision_tower.{name}": shape for name, shape in tower_shapes().items()}
     return shapes
@@ -203,15 +264,17 @@ def write_original(
     tower: bool = True,
     dtype: torch.dtype = torch.float32,
     with_tokenizer: bool = True,
+    dynamic: bool = False,
     **changes: Any,
 ) -> dict[str, Tensor]:
     """An original checkpoint in `folder`; returns its tensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = random_tensors(original_shapes(anyres, tower), dtype)
+    instruct = bool((changes.get("sparse_config") or SPARSE)["use_instruct_predictor"])
+    tensors = random_tensors(original_shapes(anyres, tower, dynamic, instruct), dtype)
     save(folder, tensors, kind)
     if with_tokenizer:
         tokenizer().save_pretrained(folder)
-    config = original_config(anyres, torch_dtype=str(dtype).removeprefix("torch."), **changes)
+    config = original_config(anyres, dynamic, torch_dtype=str(dtype).removeprefix("torch."), **changes)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(
         json.dumps({"bos_token_id": 1, "eos_token_id": 2, "max_length": 4096})
@@ -229,8 +292,10 @@ def write_tower(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, T
     return tensors
 
 
-def by_hand(tensors: dict[str, Tensor], anyres: bool, image_token_id: int = VOCAB) -> Any:
-    """The stock model of an original checkpoint: weights put into place one by one, then p-MoD attached."""
+def by_hand(
+    tensors: dict[str, Tensor], anyres: bool, image_token_id: int = VOCAB, method: PruningMethod | None = None
+) -> Any:
+    """The stock model of an original checkpoint: weights put into place one by one, the method (p-MoD) attached."""
     import transformers
 
     text = LlamaConfig(
@@ -262,7 +327,7 @@ def by_hand(tensors: dict[str, Tensor], anyres: bool, image_token_id: int = VOCA
     else:
         model = transformers.LlavaForConditionalGeneration(LlavaConfig(**settings))
     model.eval()
-    pruneops.attach(model, PMoD(parity=True))
+    pruneops.attach(model, method or PMoD(parity=True))
     inner, language = model.model, model.model.language_model
 
     def put(module: torch.nn.Module, prefix: str) -> None:
@@ -272,6 +337,8 @@ def by_hand(tensors: dict[str, Tensor], anyres: bool, image_token_id: int = VOCA
     for i, layer in enumerate(language.layers):
         put(layer, f"model.layers.{i}.")
     put(language.norm, "model.norm.")
+    for name, predictor in predictors_of(language).items():
+        put(predictor, f"model.{name}.")
     projector = inner.multi_modal_projector
     put(projector.linear_1, "model.mm_projector.0.")
     put(projector.linear_2, "model.mm_projector.2.")

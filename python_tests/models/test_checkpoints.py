@@ -340,7 +340,11 @@ def test_a_next_checkpoint_without_its_newline_is_refused(tmp_path: Path) -> Non
 
 
 BROKEN_CONFIGS = [
-    ({"model_type": "llava_llama"}, "model_type 'llava_llama', expected one of llava, llava_next, pmod_llava_llama"),
+    (
+        {"model_type": "llava_llama"},
+        "model_type 'llava_llama', expected one of llava, llava_next, llava_llama or dynamic_llava_llama with "
+        "sparse_config, pmod_llava_llama",
+    ),
     ({"mod_target_layers": None}, "got no mod_target_layers"),
     ({"mod_target_layers": "shiftedcos_decay_85_15"}, "layers: got 'shiftedcos_decay_85_15'"),
     ({"mod_router_factor": 1.5}, "router_factor: got 1.5"),

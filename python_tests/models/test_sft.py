@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 import sft_data
 import torch
 from PIL import Image
-from transformers import AutoProcessor, Trainer
+from transformers import AutoProcessor, Trainer, TrainerCallback
 
 import pruneops
 from pruneops import models
-from pruneops.methods import PMoD, PyramidDrop
+from pruneops.methods import DynamicLlava, PMoD, PyramidDrop
+from pruneops.methods.dynamic_llava import predictors_of
 from pruneops.training import Collator, Conversation, LlavaDataset, encode, render
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -237,6 +239,124 @@ def test_a_stock_checkpoint_is_trained_with_every_method_and_loads_with_it(
     assert torch.equal(again.state_dict()[frozen], model.state_dict()[frozen])
 
 
+# -- the example: Dynamic-LLaVA ---------------------------------------------------------------------------------------
+
+
+class Temperatures(TrainerCallback):
+    """What the predictors draw with, step by step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
+        self.seen += {predictor.gumbel_tau for predictor in predictors_of(model.model.language_model).values()}
+
+
+@pytest.fixture
+def temperatures(script: Any, monkeypatch: pytest.MonkeyPatch) -> Temperatures:
+    """Of the training that follows."""
+    watcher, make = Temperatures(), script.SftTrainer
+
+    def trainer(*arguments: Any, callbacks: list[TrainerCallback], **settings: Any) -> Trainer:
+        return make(*arguments, callbacks=[*callbacks, watcher], **settings)
+
+    monkeypatch.setattr(script, "SftTrainer", trainer)
+    return watcher
+
+
+@pytest.fixture
+def dynamic(tmp_path: Path) -> Path:
+    """An original checkpoint of Dynamic-LLaVA, whose answers count from the first token on."""
+    sparse = {**original_layout.SPARSE, "output_text_len_for_training": 3}
+    original_layout.write_original(tmp_path / "dynamic", dynamic=True, sparse_config=sparse)
+    return tmp_path / "dynamic"
+
+
+def test_dynamic_llava_trains_its_predictors_at_a_falling_temperature(
+    script: Any, temperatures: Temperatures, dynamic: Path, data: Path, tmp_path: Path
+) -> None:
+    before = models.LlavaForConditionalGeneration.from_pretrained(dynamic).state_dict()
+    arguments = ["--method", "dynamic-llava", "--max_steps", "4", "--save_strategy", "no"]
+    trainer = train(script, dynamic, data, tmp_path / "out", *arguments, "--predictor_learning_rate", "1e-2")
+    assert len(losses(trainer)) == 4 and all(math.isfinite(loss) for loss in losses(trainer))
+    assert temperatures.seen == pytest.approx([1.0, 0.1**0.25, 0.1**0.5, 0.1**0.75])
+    after = trainer.model.state_dict()
+    moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    predictors = {name for name in after if "_score_predictor." in name}
+    assert len(predictors) == 42 and predictors <= moved
+    assert all(weight.isfinite().all() for weight in after.values())
+    assert not any("vision_tower" in name for name in moved)
+    again = models.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert again.pruning_run.method == trainer.model.pruning_run.method
+    for name, weight in after.items():
+        assert torch.equal(again.state_dict()[name], weight), name
+
+
+def test_the_loss_of_dynamic_llava_has_the_masks_in_it(script: Any, dynamic: Path, data: Path, tmp_path: Path) -> None:
+    settings = ["--method", "dynamic-llava", "--max_steps", "1", "--save_strategy", "no"]
+    first = {}
+    for weight in (0.0, 1000.0):
+        rates = {"output_text_keep_rate": 0.0, "output_text_len_for_training": 0, "vision_keep_rate": 0.0}
+        fields = {**original_layout.SPARSE, **rates, "mask_loss_weight": weight}
+        arguments = [*settings, "--method_config", json.dumps(fields)]
+        (first[weight],) = losses(train(script, dynamic, data, tmp_path / str(weight), *arguments))
+    assert first[1000.0] > first[0.0] + 1
+
+
+def test_the_predictors_have_a_learning_rate_of_their_own_and_the_published_defaults(
+    script: Any, dynamic: Path, data: Path, tmp_path: Path
+) -> None:
+    command = ["--model", dynamic, "--data", data, "--output_dir", tmp_path, "--use_cpu", "true"]
+    command += ["--method", "dynamic-llava", "--max_steps", "1", "--save_strategy", "no", "--weight_decay", "0.1"]
+    trainer = script.main([str(word) for word in command])
+    groups = trainer.optimizer.param_groups
+    assert [(group["initial_lr"], group["weight_decay"]) for group in groups] == [(5e-6, 0.1), (5e-6, 0.0), (2e-4, 0.0)]
+    predictors = predictors_of(trainer.model.model.language_model).values()
+    expected = {id(weight) for predictor in predictors for weight in predictor.parameters()}
+    assert {id(weight) for weight in groups[-1]["params"]} == expected
+
+
+def test_a_stock_checkpoint_gets_predictors_and_is_trained(
+    script: Any, checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    model = models.LlavaForConditionalGeneration.from_pretrained(checkpoint)
+    pruneops.detach(model)
+    model.config.pruning = None
+    model.save_pretrained(tmp_path / "stock")
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "stock")
+    method = DynamicLlava(d_model=16, nhead=2, dim_feedforward=24)
+    fields = json.dumps({"d_model": 16, "nhead": 2, "dim_feedforward": 24})
+    settings = ["--method", "dynamic-llava", "--method_config", fields, "--max_steps", "2", "--save_strategy", "no"]
+    trainer = train(script, tmp_path / "stock", data, tmp_path / "out", *settings)
+    assert all(math.isfinite(loss) for loss in losses(trainer))
+    assert models.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").pruning_run.method == method
+
+
+def test_a_run_of_dynamic_llava_that_was_interrupted_goes_on_as_if_it_had_not_been(
+    script: Any, temperatures: Temperatures, dynamic: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = ["--method", "dynamic-llava", "--save_strategy", "steps", "--save_steps", "2", "--num_train_epochs", "2"]
+    whole = train(script, dynamic, data, tmp_path / "whole", *settings)
+    interrupted = tmp_path / "interrupted"
+    interrupted.mkdir()
+    (tmp_path / "whole" / "checkpoint-2").rename(interrupted / "checkpoint-2")
+    resumed = train(script, dynamic, data, interrupted, *settings, "--resume_from_checkpoint", "last")
+    assert losses(resumed)[2:] == losses(whole)[2:] and len(losses(whole)) == 4
+    assert temperatures.seen == pytest.approx([0.1 ** (step / 4) for step in (0, 1, 2, 3, 2, 3)])
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], weight), name
+
+
+def test_a_checkpoint_of_dynamic_llava_is_not_trained_dense(
+    script: Any, dynamic: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="checkpoint of the method dynamic-llava, expected --method dynamic-llava"):
+        train(script, dynamic, data, tmp_path, "--method", "dense")
+
+
+# -- the example: any method ------------------------------------------------------------------------------------------
+
+
 def test_an_original_checkpoint_is_trained_as_it_is(script: Any, data: Path, tmp_path: Path) -> None:
     original_layout.write_original(tmp_path / "in", True)
     trainer = train(script, tmp_path / "in", data, tmp_path / "out", "--max_steps", "2", "--save_strategy", "no")
@@ -303,5 +423,10 @@ def test_help_explains_the_arguments(script: Any, capsys: pytest.CaptureFixture[
         script.main(["--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0
-    for word in ("--method {dense,pyramiddrop,pmod}", "--image_folder", "--max_length", "--gradient_checkpointing"):
+    for word in (
+        "--method {dense,pyramiddrop,pmod,dynamic-llava}",
+        "--image_folder",
+        "--max_length",
+        "--gradient_checkpointing",
+    ):
         assert word in out

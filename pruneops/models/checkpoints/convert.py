@@ -14,7 +14,7 @@ from torch import Tensor
 from pruneops.methods.base import PruningMethod, method_from_dict
 from pruneops.models.checkpoints import llava
 from pruneops.models.checkpoints import processor as processors
-from pruneops.models.checkpoints.layouts import Layout, layout_named, layout_names, layout_of
+from pruneops.models.checkpoints.layouts import Layout, layout_named, layout_of, unknown_type
 from pruneops.models.checkpoints.tensors import StoredTensor, read_tensors, shorten, write_safetensors
 
 #: New embedding rows come in such groups, because matrix products are faster with them.
@@ -115,17 +115,17 @@ def read_original(folder: Path, vision_tower: str | Path | None = None) -> Sourc
     ------
     ValueError
         If the layout is not known, the config says what Hugging Face's classes cannot do, or tensors are missing, not
-        expected, of the wrong shape or (routers) not finite.
+        expected, of the wrong shape or (those of the method) not finite.
     """
     original = read_config(folder)
     layout = layout_of(original)
     if layout is None:
-        raise ValueError(
-            f"checkpoint: config.json has model_type {original.get('model_type')!r}, expected one of "
-            f"{[layout_named(name).model_type for name in layout_names()]}"
-        )
+        raise unknown_type(original)
     llava.check_original(original)
-    method = layout.method(original)
+    try:
+        method = layout.method(original)
+    except TypeError as error:
+        raise ValueError(f"config.json: {error}") from None
     stored = {name: t for name, t in read_tensors(folder).items() if not llava.is_computed(name)}
     layout.check(original, method, stored)
     tensors = {llava.published_name(name, layout.renames): t for name, t in stored.items()}
@@ -234,7 +234,8 @@ def convert(
     out : str or Path
         Folder to write.
     source : str, optional
-        ``"hf"`` or a layout such as ``"pmod"``. None: what ``config.json`` says; if given, it has to say the same.
+        ``"hf"`` or a layout such as ``"pmod"`` or ``"dynamic-llava"``. None: what ``config.json`` says; if given, it
+        has to say the same.
     target : str
         ``"hf"`` or a layout.
     vision_tower : str, optional
@@ -308,10 +309,7 @@ def _layout_name(config: Mapping[str, Any]) -> str:
         return layout.name
     if config.get("model_type") in _HF_TYPES:
         return HF
-    known = [*_HF_TYPES, *(layout_named(name).model_type for name in layout_names())]
-    raise ValueError(
-        f"checkpoint: config.json has model_type {config.get('model_type')!r}, expected one of {', '.join(known)}"
-    )
+    raise unknown_type(config, *_HF_TYPES)
 
 
 def _to_layout(
@@ -322,10 +320,10 @@ def _to_layout(
 
     config = AutoConfig.from_pretrained(folder)
     pruning = getattr(config, "pruning", None)
-    if not isinstance(pruning, Mapping) or pruning.get("method") != layout.name:
+    if not isinstance(pruning, Mapping) or pruning.get("method") != layout.method_name:
         raise ValueError(
-            f"checkpoint: config.json has the pruning {pruning!r}, expected one of the method {layout.name!r}: the "
-            "layout is for models that were trained with it"
+            f"checkpoint: config.json has the pruning {pruning!r}, expected one of the method "
+            f"{layout.method_name!r}: the layout is for models that were trained with it"
         )
     method = method_from_dict(pruning)
     if config.architectures is None:
@@ -334,8 +332,12 @@ def _to_layout(
     _compare(stored, config)
     original = llava.original_config(config, processors.aspect_ratio_of(folder), vision_tower)
     rows = original["vocab_size"]
-    original |= layout.keys(method, config.text_config.num_hidden_layers)
-    original |= {"model_type": layout.model_type, "architectures": [layout.architecture]}
+    for key, value in layout.keys(method, config.text_config.num_hidden_layers).items():
+        before = original.get(key)
+        # What else the authors wrote into an object of theirs stays.
+        original[key] = {**before, **value} if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+    if not layout.recognises(original):
+        original |= {"model_type": layout.model_types[0], "architectures": [layout.architecture]}
     for name in (llava.EMBEDDING, llava.HEAD):
         if name in stored:
             stored[name] = _with_rows(stored[name], rows)

@@ -6,12 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from pruneops.methods import PMoD
 from pruneops.methods.base import PruningMethod
-from pruneops.models.checkpoints.layouts import Layout, register
-from pruneops.models.checkpoints.tensors import StoredTensor, shorten
+from pruneops.models.checkpoints.layouts import Layout, check_tensors, register
+from pruneops.models.checkpoints.tensors import StoredTensor
 
 _KEY = "mod_target_layers"
 
@@ -49,23 +47,8 @@ def _check(config: Mapping[str, Any], method: PruningMethod, tensors: Mapping[st
         wanted[f"model.layers.{layer}.router.router.weight"] = (1, config["hidden_size"])
         if method.router_bias:
             wanted[f"model.layers.{layer}.router.router.bias"] = (1,)
-    missing = [name for name in wanted if name not in tensors]
-    if missing:
-        raise ValueError(
-            f"checkpoint: {len(missing)} of {len(wanted)} tensors of routers are missing: {shorten(missing)}; "
-            f"config.json makes these layers MoD layers by {_KEY}={method.layers!r}"
-        )
-    stray = sorted(name for name in tensors if ".router." in name and name not in wanted)
-    if stray:
-        raise ValueError(
-            f"checkpoint: got routers where config.json has none: {shorten(stray)}; expected them as {_KEY}="
-            f"{method.layers!r} and mod_bias_enabled={method.router_bias} say"
-        )
-    for name, shape in wanted.items():
-        if tensors[name].shape != shape:
-            raise ValueError(f"checkpoint: {name} has shape {tensors[name].shape}, expected {shape}")
-        if not bool(torch.isfinite(tensors[name].read()).all()):
-            raise ValueError(f"checkpoint: {name} holds NaN or infinity, expected finite weights")
+    reason = f"{_KEY}={method.layers!r} and mod_bias_enabled={method.router_bias}"
+    check_tensors(tensors, wanted, "routers", lambda name: ".router." in name, reason)
 
 
-PMOD = register(Layout("pmod", "pmod_llava_llama", "PmodLlavaLlamaForCausalLM", _method, _keys, _check))
+PMOD = register(Layout("pmod", PMoD.name, ("pmod_llava_llama",), "PmodLlavaLlamaForCausalLM", _method, _keys, _check))
