@@ -54,18 +54,9 @@ std::tuple<Tensor, Tensor> varlen_attention_cpu(const Tensor& q_in, const Tensor
   const std::vector<Block> blocks =
       forward_blocks(segments, heads, visibility, kernels.forward_rows, parallel.num_threads);
   ForwardParams params{};
-  params.q = row_view(q);
-  params.k = row_view(k);
-  params.v = row_view(v);
-  params.out = row_view(out);
+  set_problem(params, q, k, v, out, heads, visibility, softmax_scale, segments);
+  set_blocks(params, blocks);
   params.softmax_lse = float_data(lse);
-  params.lse_stride = total_q;
-  params.heads = heads;
-  params.visibility = visibility;
-  params.softmax_scale = static_cast<float>(softmax_scale);
-  params.segments = segments.data();
-  params.blocks = blocks.data();
-  params.num_blocks = static_cast<int64_t>(blocks.size());
   const Workspace workspace(kernels, heads, parallel);
   kernels.forward(params, parallel, workspace.data());
   return {out, lse};
@@ -114,28 +105,12 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward_cpu(
   const BackwardBlocks blocks = backward_blocks(segments, heads, visibility, kernels.backward_rows,
                                                 kernels.backward_keys, parallel.num_threads);
   BackwardParams params{};
-  params.dout = row_view(dout);
-  params.q = row_view(q);
-  params.k = row_view(k);
-  params.v = row_view(v);
-  params.out = row_view(out);
+  set_problem(params, q, k, v, out, heads, visibility, softmax_scale, segments);
+  set_blocks(params, blocks);
+  set_gradients(params, dout, dq, dk, dv, accumulator, delta);
   params.softmax_lse = static_cast<const float*>(lse.const_data_ptr());
   params.dsoftmax_lse =
       dlse.has_value() ? static_cast<const float*>(dlse->const_data_ptr()) : nullptr;
-  params.lse_stride = total_q;
-  params.dq = row_view(dq);
-  params.dk = row_view(dk);
-  params.dv = row_view(dv);
-  params.dq_accumulator = float_data(accumulator);
-  params.delta = float_data(delta);
-  params.heads = heads;
-  params.visibility = visibility;
-  params.softmax_scale = static_cast<float>(softmax_scale);
-  params.segments = segments.data();
-  params.row_blocks = blocks.rows.data();
-  params.num_row_blocks = static_cast<int64_t>(blocks.rows.size());
-  params.key_blocks = blocks.keys.data();
-  params.num_key_blocks = static_cast<int64_t>(blocks.keys.size());
   const Workspace workspace(kernels, heads, parallel);
   kernels.backward(params, parallel, workspace.data());
   return {dq, dk, dv};

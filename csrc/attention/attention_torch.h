@@ -96,6 +96,45 @@ inline void reset_uncovered_lse(float* lse, int64_t num_heads, int64_t total, in
   fill_uncovered_rows(lse, num_heads, total, begin, end, -std::numeric_limits<float>::infinity());
 }
 
+// What ForwardParams and BackwardParams have in common. `segments` has to outlive them.
+template <class Params>
+void set_problem(Params& params, const Tensor& q, const Tensor& k, const Tensor& v,
+                 const Tensor& out, const Heads& heads, const Visibility& visibility,
+                 double softmax_scale, const std::vector<Segment>& segments) {
+  params.q = row_view(q);
+  params.k = row_view(k);
+  params.v = row_view(v);
+  params.out = row_view(out);
+  params.lse_stride = q.size(0);
+  params.heads = heads;
+  params.visibility = visibility;
+  params.softmax_scale = static_cast<float>(softmax_scale);
+  params.segments = segments.data();
+}
+
+inline void set_blocks(ForwardParams& params, const std::vector<Block>& blocks) {
+  params.blocks = blocks.data();
+  params.num_blocks = static_cast<int64_t>(blocks.size());
+}
+
+inline void set_blocks(BackwardParams& params, const BackwardBlocks& blocks) {
+  params.row_blocks = blocks.rows.data();
+  params.num_row_blocks = static_cast<int64_t>(blocks.rows.size());
+  params.key_blocks = blocks.keys.data();
+  params.num_key_blocks = static_cast<int64_t>(blocks.keys.size());
+}
+
+inline void set_gradients(BackwardParams& params, const Tensor& dout, const Tensor& dq,
+                          const Tensor& dk, const Tensor& dv, const Tensor& dq_accumulator,
+                          const Tensor& delta) {
+  params.dout = row_view(dout);
+  params.dq = row_view(dq);
+  params.dk = row_view(dk);
+  params.dv = row_view(dv);
+  params.dq_accumulator = float_data(dq_accumulator);
+  params.delta = float_data(delta);
+}
+
 inline std::vector<Segment> checked_packed_segments(const Tensor& cu_seqlens_q,
                                                     const Tensor& cu_seqlens_k, int64_t total_q,
                                                     int64_t total_k) {

@@ -42,11 +42,6 @@ std::unique_ptr<int32_t[]> sane_boundaries(const Tensor& cu_seqlens, int64_t tot
   return out;
 }
 
-template <class T>
-T* data_of(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dpc_knn_cpu(
     const Tensor& x_in, const Tensor& cu_seqlens, const Tensor& num_clusters, int64_t k,
     int64_t /*max_seqlen*/, int64_t capacity, const std::optional<Tensor>& noise) {

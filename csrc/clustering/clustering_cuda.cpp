@@ -39,21 +39,6 @@ void check_capacity(int64_t capacity) {
                   "] on a CUDA device, got ", capacity);
 }
 
-template <typename T>
-T* data_of(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-template <typename T>
-const T* const_data_of(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <typename T>
-const T* const_data_of(const std::optional<Tensor>& t) {
-  return t.has_value() ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-}
-
 // One allocation, cut into pieces that are aligned to 16 bytes.
 class Scratch {
  public:

@@ -47,22 +47,10 @@ inline Tensor cuda_cu_seqlens(const Tensor& t, int32_t device_index, const char*
   return out;
 }
 
-// Uninitialised contiguous tensor on one CUDA device, from torch's caching allocator. One call into
-// libtorch without the dispatcher.
-//   sizes  extents of the new tensor
+// Uninitialised contiguous tensor on one CUDA device, from torch's caching allocator.
 //   dtype  as aoti_torch_dtype_*() gives it
 inline Tensor empty_cuda(const std::vector<int64_t>& sizes, int32_t dtype, int32_t device_index) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= sizes[d] > 0 ? sizes[d] : 1;
-  }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                               dtype, aoti_torch_device_type_cuda(), device_index, &handle));
-  return Tensor(handle);
+  return empty_contiguous(sizes, dtype, aoti_torch_device_type_cuda(), device_index);
 }
 
 inline Tensor empty_cuda_int32(const std::vector<int64_t>& sizes, int32_t device_index) {

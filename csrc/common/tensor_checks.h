@@ -99,23 +99,45 @@ inline Tensor checked_cu_seqlens(const Tensor& t, const char* name) {
   return out;
 }
 
-// Uninitialised contiguous CPU tensor whose dtype is that of `like`, whatever dtype that is. One
-// call into libtorch without the dispatcher.
-//   sizes  extents of the new tensor
-inline Tensor empty_cpu_like_dtype(const Tensor& like, const std::vector<int64_t>& sizes) {
+template <class T>
+T* data_of(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+template <class T>
+const T* const_data_of(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+// Null if there is no tensor.
+template <class T>
+const T* const_data_of(const std::optional<Tensor>& t) {
+  return t.has_value() ? const_data_of<T>(*t) : nullptr;
+}
+
+// Uninitialised contiguous tensor. One call into libtorch without the dispatcher.
+//   sizes                extents of the new tensor
+//   dtype, device_type   as aoti_torch_dtype_*() and aoti_torch_device_type_*() give them
+inline Tensor empty_contiguous(const std::vector<int64_t>& sizes, int32_t dtype,
+                               int32_t device_type, int32_t device_index) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
     stride *= sizes[d] > 0 ? sizes[d] : 1;
   }
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
                                                          sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor out(handle);
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+// Uninitialised contiguous CPU tensor whose dtype is that of `like`, whatever dtype that is.
+inline Tensor empty_cpu_like_dtype(const Tensor& like, const std::vector<int64_t>& sizes) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  Tensor out = empty_contiguous(sizes, dtype, aoti_torch_device_type_cpu(), 0);
   if (out.numel() > 0) {
     advise_huge_pages(out.mutable_data_ptr(),
                       out.numel() * static_cast<int64_t>(out.element_size()));
@@ -125,17 +147,7 @@ inline Tensor empty_cpu_like_dtype(const Tensor& like, const std::vector<int64_t
 
 // Uninitialised contiguous float32 CPU tensor.
 inline Tensor empty_float32(const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= sizes[d] > 0 ? sizes[d] : 1;
-  }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_contiguous(sizes, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0);
 }
 
 }  // namespace pruneops

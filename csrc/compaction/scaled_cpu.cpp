@@ -11,6 +11,7 @@
 #include "common/tensor_checks.h"
 #include "compaction/compaction.h"
 #include "compaction/scaled.h"
+#include "compaction/scaled_torch.h"
 
 namespace pruneops {
 namespace {
@@ -19,15 +20,6 @@ Tensor cpu_matrix(const Tensor& t, const Tensor& like, int64_t rows, int64_t col
                   const char* name) {
   check_cpu(t, name);
   return checked_matrix(t, like.scalar_type(), rows, columns, name);
-}
-
-// x as a matrix [total, columns], of which everything else takes the dtype and the sizes.
-void check_x(const Tensor& x) {
-  check_cpu(x, "x");
-  check_floating(x, "x");
-  check_dim(x, 2, "x");
-  STD_TORCH_CHECK(x.size(0) <= kMaxRows, "x has ", x.size(0), " rows; at most ", kMaxRows,
-                  " are supported");
 }
 
 std::vector<int32_t> inverse_of(const Tensor& indices, int64_t total) {
@@ -39,7 +31,8 @@ std::vector<int32_t> inverse_of(const Tensor& indices, int64_t total) {
 
 Tensor scatter_scaled_cpu(const Tensor& x, const Tensor& residual, const Tensor& branch,
                           const Tensor& weights, const Tensor& indices) {
-  check_x(x);
+  check_cpu(x, "x");
+  check_scaled_input(x);
   const int64_t total = x.size(0), columns = x.size(1);
   const Tensor idx = checked_vector(indices, ScalarType::Int, -1, "indices");
   const Tensor w = checked_vector(weights, ScalarType::Float, total, "weights");
@@ -49,16 +42,9 @@ Tensor scatter_scaled_cpu(const Tensor& x, const Tensor& residual, const Tensor&
   Tensor out = empty_cpu_like_dtype(x, {total, columns});
 
   const std::vector<int32_t> source = inverse_of(idx, total);
-  ScatterScaledParams params{};
-  params.x = rows_of(rows);
-  params.residual = rows_of(base);
-  params.branch = rows_of(added);
-  params.weights = static_cast<const float*>(w.const_data_ptr());
+  ScatterScaledParams params =
+      scatter_scaled_params<ScatterScaledParams>(rows, base, added, w, out);
   params.source = source.data();
-  params.out = out.mutable_data_ptr();
-  params.type = float_type(x);
-  params.total = total;
-  params.columns = columns;
   scatter_scaled(params, torch_parallel());
   return out;
 }
@@ -68,7 +54,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_scaled_backward_cpu(const Ten
                                                                        const Tensor& branch,
                                                                        const Tensor& weights,
                                                                        const Tensor& indices) {
-  check_x(x);
+  check_cpu(x, "x");
+  check_scaled_input(x);
   const int64_t total = x.size(0), columns = x.size(1);
   const Tensor idx = checked_vector(indices, ScalarType::Int, -1, "indices");
   const int64_t kept = idx.size(0);
@@ -82,21 +69,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_scaled_backward_cpu(const Ten
   Tensor dweights = empty_cpu_like_dtype(w, {total});
 
   const std::vector<int32_t> source = inverse_of(idx, total);
-  ScatterScaledGradParams params{};
-  params.dout = rows_of(upstream);
-  params.x = rows_of(rows);
-  params.branch = rows_of(added);
-  params.weights = static_cast<const float*>(w.const_data_ptr());
+  ScatterScaledGradParams params = scatter_scaled_grad_params<ScatterScaledGradParams>(
+      upstream, rows, added, w, idx, dx, dresidual, dbranch, dweights);
   params.source = source.data();
-  params.indices = static_cast<const int32_t*>(idx.const_data_ptr());
-  params.dx = dx.mutable_data_ptr();
-  params.dresidual = dresidual.mutable_data_ptr();
-  params.dbranch = dbranch.mutable_data_ptr();
-  params.dweights = static_cast<float*>(dweights.mutable_data_ptr());
-  params.type = float_type(x);
-  params.total = total;
-  params.kept = kept;
-  params.columns = columns;
   scatter_scaled_backward(params, torch_parallel());
   return {dx, dresidual, dbranch, dweights};
 }

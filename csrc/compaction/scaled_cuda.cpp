@@ -9,18 +9,10 @@
 #include "common/cuda_launch.h"
 #include "common/cuda_tensors.h"
 #include "compaction/cuda/scaled.h"
+#include "compaction/scaled_torch.h"
 
 namespace pruneops {
 namespace {
-
-// x: [total, columns], which everything else takes its dtype, sizes and device from.
-void check_x(const Tensor& x) {
-  check_cuda(x, "x");
-  check_floating(x, "x");
-  check_dim(x, 2, "x");
-  STD_TORCH_CHECK(x.size(0) <= kMaxRows, "x has ", x.size(0), " rows; at most ", kMaxRows,
-                  " are supported");
-}
 
 Tensor matrix_like(const Tensor& t, const Tensor& x, int64_t rows, const char* name) {
   check_cuda(t, x.get_device_index(), name);
@@ -29,7 +21,8 @@ Tensor matrix_like(const Tensor& t, const Tensor& x, int64_t rows, const char* n
 
 Tensor scatter_scaled_cuda(const Tensor& x, const Tensor& residual, const Tensor& branch,
                            const Tensor& weights, const Tensor& indices) {
-  check_x(x);
+  check_cuda(x, "x");
+  check_scaled_input(x);
   const int64_t total = x.size(0);
   const int32_t device = x.get_device_index();
   const DeviceGuard guard(device);
@@ -41,17 +34,10 @@ Tensor scatter_scaled_cuda(const Tensor& x, const Tensor& residual, const Tensor
   const Tensor out = empty_cuda_like_dtype(x, {total, x.size(1)});
   if (out.numel() == 0) return out;
 
-  CudaScatterScaledParams params{};
-  params.x = rows_of(rows);
-  params.residual = rows_of(base);
-  params.branch = rows_of(added);
-  params.weights = static_cast<const float*>(w.const_data_ptr());
-  params.indices = static_cast<const int32_t*>(idx.const_data_ptr());
-  params.out = out.mutable_data_ptr();
-  params.type = float_type(x);
-  params.total = total;
+  CudaScatterScaledParams params =
+      scatter_scaled_params<CudaScatterScaledParams>(rows, base, added, w, out);
+  params.indices = const_data_of<int32_t>(idx);
   params.kept = idx.size(0);
-  params.columns = x.size(1);
   STD_CUDA_CHECK(
       launch_scatter_scaled(params, cuda_device(device).num_sms, current_cuda_stream(device)));
   return out;
@@ -62,7 +48,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_scaled_backward_cuda(const Te
                                                                         const Tensor& branch,
                                                                         const Tensor& weights,
                                                                         const Tensor& indices) {
-  check_x(x);
+  check_cuda(x, "x");
+  check_scaled_input(x);
   const int64_t total = x.size(0), columns = x.size(1);
   const int32_t device = x.get_device_index();
   const DeviceGuard guard(device);
@@ -77,20 +64,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_scaled_backward_cuda(const Te
   const Tensor dbranch = empty_cuda_like_dtype(x, {kept, columns});
   const Tensor dweights = empty_cuda_float32({total}, device);
 
-  CudaScatterScaledGradParams params{};
-  params.dout = rows_of(upstream);
-  params.x = rows_of(rows);
-  params.branch = rows_of(added);
-  params.weights = static_cast<const float*>(w.const_data_ptr());
-  params.indices = static_cast<const int32_t*>(idx.const_data_ptr());
-  params.dx = dx.mutable_data_ptr();
-  params.dresidual = dresidual.mutable_data_ptr();
-  params.dbranch = dbranch.mutable_data_ptr();
-  params.dweights = static_cast<float*>(dweights.mutable_data_ptr());
-  params.type = float_type(x);
-  params.total = total;
-  params.kept = kept;
-  params.columns = columns;
+  const CudaScatterScaledGradParams params =
+      scatter_scaled_grad_params<CudaScatterScaledGradParams>(upstream, rows, added, w, idx, dx,
+                                                              dresidual, dbranch, dweights);
   STD_CUDA_CHECK(launch_scatter_scaled_backward(params, cuda_device(device).num_sms,
                                                 current_cuda_stream(device)));
   return {dx, dresidual, dbranch, dweights};

@@ -7,7 +7,6 @@
 #include <optional>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "common/parallel_torch.h"
 #include "common/tensor_checks.h"
@@ -16,10 +15,6 @@
 
 namespace pruneops {
 namespace {
-
-const uint8_t* mask_data(const std::optional<Tensor>& target) {
-  return target.has_value() ? static_cast<const uint8_t*>(target->const_data_ptr()) : nullptr;
-}
 
 float scalar_value(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -32,16 +27,6 @@ float scalar_value(const Tensor& t) {
   }
 }
 
-Tensor empty_cpu_float32(int64_t size) {
-  int64_t stride = 1;
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      1, &size, &stride, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-float* float_data(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
 std::tuple<Tensor, Tensor> router_weights_cpu(const Tensor& x, const Tensor& weight,
                                               const std::optional<Tensor>& bias,
                                               const std::optional<Tensor>& target,
@@ -53,22 +38,12 @@ std::tuple<Tensor, Tensor> router_weights_cpu(const Tensor& x, const Tensor& wei
   const Tensor direction = checked_vector(weight, x.scalar_type(), columns, "weight");
   const auto offset = checked_vector(bias, x.scalar_type(), 1, "bias");
   const auto mask = checked_vector(target, ScalarType::Bool, total, "target");
-  Tensor logits = empty_cpu_float32(total);
-  Tensor weights = empty_cpu_float32(total);
+  const Tensor logits = empty_float32({total});
+  const Tensor weights = empty_float32({total});
 
-  RouterParams params{};
-  params.x = rows_of(rows);
-  params.weight = direction.const_data_ptr();
+  RouterParams params =
+      router_params<RouterParams>(rows, direction, mask, activation, scale, shift, logits, weights);
   params.bias = offset.has_value() ? scalar_value(*offset) : 0.0f;
-  params.target = mask_data(mask);
-  params.activation = checked_activation(activation);
-  params.scale = static_cast<float>(scale);
-  params.shift = static_cast<float>(shift);
-  params.logits = float_data(logits);
-  params.weights = float_data(weights);
-  params.type = float_type(x);
-  params.total = total;
-  params.columns = columns;
   router_weights(params, torch_parallel());
   return {logits, weights};
 }
@@ -84,27 +59,15 @@ std::tuple<Tensor, Tensor, Tensor> router_weights_backward_cpu(
   const Tensor rows = checked_matrix(x, x.scalar_type(), total, columns, "x");
   const Tensor direction = checked_vector(weight, x.scalar_type(), columns, "weight");
   const auto mask = checked_vector(target, ScalarType::Bool, total, "target");
-  Tensor dx = empty_cpu_like_dtype(x, {total, columns});
-  Tensor dweight = empty_cpu_like_dtype(x, {columns});
-  Tensor dbias = empty_cpu_like_dtype(x, {1});
-  Tensor scratch = empty_cpu_float32(total + router_blocks(total) * columns);
+  const Tensor dx = empty_cpu_like_dtype(x, {total, columns});
+  const Tensor dweight = empty_cpu_like_dtype(x, {columns});
+  const Tensor dbias = empty_cpu_like_dtype(x, {1});
+  const Tensor scratch = empty_float32({total + router_blocks(total) * columns});
 
-  RouterGradParams params{};
-  params.dweights = static_cast<const float*>(upstream.const_data_ptr());
-  params.logits = static_cast<const float*>(values.const_data_ptr());
-  params.x = rows_of(rows);
-  params.weight = direction.const_data_ptr();
-  params.target = mask_data(mask);
-  params.activation = checked_activation(activation);
-  params.scale = static_cast<float>(scale);
-  params.dx = dx.mutable_data_ptr();
-  params.dweight = dweight.mutable_data_ptr();
-  params.dbias = dbias.mutable_data_ptr();
-  params.dlogits = float_data(scratch);
+  RouterGradParams params = router_grad_params<RouterGradParams>(
+      upstream, values, rows, direction, mask, activation, scale, dx, dweight, dbias);
+  params.dlogits = data_of<float>(scratch);
   params.partials = params.dlogits + total;
-  params.type = float_type(x);
-  params.total = total;
-  params.columns = columns;
   router_weights_backward(params, torch_parallel());
   return {dx, dweight, dbias};
 }

@@ -16,10 +16,6 @@
 namespace pruneops {
 namespace {
 
-const uint8_t* mask_data(const std::optional<Tensor>& target) {
-  return target.has_value() ? static_cast<const uint8_t*>(target->const_data_ptr()) : nullptr;
-}
-
 std::tuple<Tensor, Tensor> router_weights_cuda(const Tensor& x, const Tensor& weight,
                                                const std::optional<Tensor>& bias,
                                                const std::optional<Tensor>& target,
@@ -36,19 +32,9 @@ std::tuple<Tensor, Tensor> router_weights_cuda(const Tensor& x, const Tensor& we
   const Tensor logits = empty_cuda_float32({total}, device);
   const Tensor weights = empty_cuda_float32({total}, device);
 
-  CudaRouterParams params{};
-  params.x = rows_of(rows);
-  params.weight = direction.const_data_ptr();
+  CudaRouterParams params = router_params<CudaRouterParams>(rows, direction, mask, activation,
+                                                            scale, shift, logits, weights);
   params.bias = offset.has_value() ? offset->const_data_ptr() : nullptr;
-  params.target = mask_data(mask);
-  params.activation = checked_activation(activation);
-  params.scale = static_cast<float>(scale);
-  params.shift = static_cast<float>(shift);
-  params.logits = static_cast<float*>(logits.mutable_data_ptr());
-  params.weights = static_cast<float*>(weights.mutable_data_ptr());
-  params.type = float_type(x);
-  params.total = total;
-  params.columns = columns;
   STD_CUDA_CHECK(launch_router_weights(params, current_cuda_stream(device)));
   return {logits, weights};
 }
@@ -71,21 +57,9 @@ std::tuple<Tensor, Tensor, Tensor> router_weights_backward_cuda(
   const Tensor dbias = empty_cuda_like_dtype(x, {1});
   const Tensor partials = empty_cuda_float32({router_partials(total, columns)}, device);
 
-  CudaRouterGradParams params{};
-  params.dweights = static_cast<const float*>(upstream.const_data_ptr());
-  params.logits = static_cast<const float*>(values.const_data_ptr());
-  params.x = rows_of(rows);
-  params.weight = direction.const_data_ptr();
-  params.target = mask_data(mask);
-  params.activation = checked_activation(activation);
-  params.scale = static_cast<float>(scale);
-  params.dx = dx.mutable_data_ptr();
-  params.dweight = dweight.mutable_data_ptr();
-  params.dbias = dbias.mutable_data_ptr();
-  params.partials = static_cast<float*>(partials.mutable_data_ptr());
-  params.type = float_type(x);
-  params.total = total;
-  params.columns = columns;
+  CudaRouterGradParams params = router_grad_params<CudaRouterGradParams>(
+      upstream, values, rows, direction, mask, activation, scale, dx, dweight, dbias);
+  params.partials = data_of<float>(partials);
   STD_CUDA_CHECK(launch_router_weights_backward(params, current_cuda_stream(device)));
   return {dx, dweight, dbias};
 }

@@ -17,17 +17,6 @@
 namespace pruneops {
 namespace {
 
-FloatType score_type(const Tensor& scores) {
-  switch (scores.scalar_type()) {
-    case ScalarType::BFloat16:
-      return FloatType::kBFloat16;
-    case ScalarType::Half:
-      return FloatType::kFloat16;
-    default:
-      return FloatType::kFloat32;
-  }
-}
-
 // The rule of one selection besides the scores.
 struct Rule {
   std::optional<Tensor> keep_counts;  // [B], int32
@@ -61,7 +50,7 @@ std::tuple<Tensor, Tensor> select(const Tensor& scores, const Tensor& cu_seqlens
 
   SelectParams params{};
   params.scores = values.const_data_ptr();
-  params.score_type = score_type(values);
+  params.score_type = float_type(values);
   params.protect = kept ? static_cast<const uint8_t*>(kept->const_data_ptr()) : nullptr;
   params.cu_seqlens = sanitized;
   params.keep_counts = counts ? static_cast<const int32_t*>(counts->const_data_ptr()) : nullptr;

@@ -20,11 +20,6 @@ struct Rule {
   const char* counts_name;
 };
 
-template <typename T>
-const T* optional_data(const std::optional<Tensor>& t) {
-  return t.has_value() ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-}
-
 std::tuple<Tensor, Tensor> select(const Tensor& scores, const Tensor& cu_seqlens, const Rule& rule,
                                   int64_t capacity, const std::optional<Tensor>& protect) {
   check_cuda(scores, "scores");
@@ -49,9 +44,9 @@ std::tuple<Tensor, Tensor> select(const Tensor& scores, const Tensor& cu_seqlens
   CudaSelectParams params{};
   params.scores = values.const_data_ptr();
   params.score_type = float_type(values);
-  params.protect = optional_data<uint8_t>(kept);
+  params.protect = const_data_of<uint8_t>(kept);
   params.cu_seqlens = static_cast<const int32_t*>(bounds.const_data_ptr());
-  params.keep_counts = optional_data<int32_t>(counts);
+  params.keep_counts = const_data_of<int32_t>(counts);
   params.use_threshold = rule.threshold.has_value();
   params.threshold = rule.threshold.value_or(0.0f);
   params.num_sms = cuda_device(device).num_sms;

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pruneops import ops, reference
+from pruneops import backends, ops, reference
 from pruneops.ops import DPCKNNResult
 from pruneops.testing import (
     BACKWARD_FACTOR,
@@ -32,22 +32,7 @@ REHEARSAL = os.environ.get("PRUNEOPS_GPU_REHEARSAL") == "1"
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
 
 #: Ops that must have a compiled CUDA kernel.
-NATIVE_OPS = (
-    "segment_topk",
-    "segment_threshold",
-    "gather_rows",
-    "scatter_rows",
-    "select_compact",
-    "scatter_scaled",
-    "router_weights",
-    "policy_attention",
-    "last_query_scores",
-    "column_scores",
-    "kv_limit_from_positions",
-    "dpc_knn",
-    "merge_mean",
-    "position_means",
-)
+NATIVE_OPS = tuple(op for op in backends.OPS if op not in ("varlen_attention", "decode_attention"))
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

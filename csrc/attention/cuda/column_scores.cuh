@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kTileThreads)
   for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
     const int64_t head = item % p.heads.num_heads_q;
     const int64_t tile_begin = item / p.heads.num_heads_q * kTile;
-    for_pieces(segments, segments.q, tile_begin, smaller(tile_begin + kTile, p.total_q),
+    for_pieces(segments, segments.q, tile_begin, at_most(tile_begin + kTile, p.total_q),
                [&](const Segment& segment, int64_t begin, int64_t end) {
                  const int num_rows = static_cast<int>(end - begin);
                  const HeadRows<T> q = head_rows<T>(p.q, segment.q_begin + begin, head, q_vectors);
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kTileThreads)
                  for (PartialLse& s : state) s = {-INFINITY, 0.0f};
                  for (int64_t first = 0; __syncthreads_or(first < largest); first += kTile) {
                    const int num_keys =
-                       static_cast<int>(smaller<int64_t>(kTile, segment.k_len - first));
+                       static_cast<int>(at_most<int64_t>(kTile, segment.k_len - first));
                    float products[kRowsOfThread][kKeysOfThread];
                    multiply_tile(
                        q, num_rows,
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kTileThreads)
   const int key = static_cast<int>(threadIdx.x) % kKeyThreads * kKeysOfThread;
   const float log2_scale = p.softmax_scale * kLog2OfE;
   const int64_t tile_begin = static_cast<int64_t>(blockIdx.x) * kTile;
-  const int64_t tile_end = smaller(tile_begin + kTile, p.total_k);
+  const int64_t tile_end = at_most(tile_begin + kTile, p.total_k);
   float* out = sums + static_cast<int64_t>(blockIdx.y) * p.total_k;
   // Keys of no segment; the pieces below overwrite theirs.
   if (tile_begin + threadIdx.x < tile_end) out[tile_begin + threadIdx.x] = 0.0f;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kTileThreads)
         float column[kKeysOfThread] = {};  // over the thread's rows, in ascending order
         for (int64_t first = blockIdx.y * kTile; first < segment.q_len;
              first += gridDim.y * kTile) {
-          const int num_rows = static_cast<int>(smaller<int64_t>(kTile, segment.q_len - first));
+          const int num_rows = static_cast<int>(at_most<int64_t>(kTile, segment.q_len - first));
           int64_t limit[kRowsOfThread], largest;
           thread_limits(p.visibility, segment, first, num_rows, limit, largest);
           if (!__syncthreads_or(begin < largest)) continue;

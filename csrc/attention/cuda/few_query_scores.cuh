@@ -90,13 +90,13 @@ __global__ void __launch_bounds__(kPartialThreads, 4)
     const int64_t head_k = item / num_splits % p.heads.num_heads_k;
     const Segment segment = segments[item / num_splits / p.heads.num_heads_k];
     const int64_t keys_of_split = (segment.k_len + num_splits - 1) / num_splits;
-    const int64_t begin = smaller(split * keys_of_split, segment.k_len);
-    const int64_t end = smaller(begin + keys_of_split, segment.k_len);
+    const int64_t begin = at_most(split * keys_of_split, segment.k_len);
+    const int64_t end = at_most(begin + keys_of_split, segment.k_len);
     const HeadRows<T> keys = head_rows<T>(p.k, segment.k_begin, head_k, k_vectors);
     const int64_t num_rows = segment.q_len * p.heads.group;
 
     for (int64_t first = 0; first < num_rows; first += kPartialRows) {
-      const int rows = static_cast<int>(smaller<int64_t>(kPartialRows, num_rows - first));
+      const int rows = static_cast<int>(at_most<int64_t>(kPartialRows, num_rows - first));
       for (int r = 0; r < rows; ++r) {
         const int64_t query = (first + r) / p.heads.group, head = (first + r) % p.heads.group;
         stage_query(
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kPartialThreads, 4)
           const int r = warp + i * kWarps;
           if (r >= rows) continue;
           const int64_t limit =
-              smaller(key_limit(p.visibility, segment, (first + r) / p.heads.group), end);
+              at_most(key_limit(p.visibility, segment, (first + r) / p.heads.group), end);
           const int64_t left = limit - tile;  // keys of the tile that the row sees, or more
           const float a = lane < left ? logits[r][lane] * log2_scale : -INFINITY;
           const float b =
@@ -173,75 +173,75 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
   const int warp = t / kWarpSize, group_of_lanes = t % kWarpSize / kLanes;
   const float log2_scale = p.softmax_scale * kLog2OfE;
   const int64_t tile_begin = static_cast<int64_t>(blockIdx.x) * tile_keys;
-  const int64_t tile_end = smaller(tile_begin + tile_keys, p.total_k);
+  const int64_t tile_end = at_most(tile_begin + tile_keys, p.total_k);
   // Keys of no segment; the pieces below overwrite theirs.
   if (tile_begin + t < tile_end) p.scores[tile_begin + t] = 0.0f;
   __syncthreads();
 
-  for_pieces(
-      segments, segments.k, tile_begin, tile_end,
-      [&](const Segment& segment, int64_t begin, int64_t end) {
-        float column = 0.0f;  // of key begin + t
-        for (int64_t query = 0; query < segment.q_len; ++query) {
-          const int64_t row = segment.q_begin + query;
-          const int64_t visible_end = smaller(end, key_limit(p.visibility, segment, query));
-          if (visible_end <= begin) continue;
-          const int num_keys = static_cast<int>(visible_end - begin);
-          float of_heads = 0.0f;
-          for (int64_t head = 0; head < heads.num_heads_q; head += kFewHeads) {
-            const int num_heads =
-                static_cast<int>(smaller<int64_t>(kFewHeads, heads.num_heads_q - head));
-            for (int h = 0; h < num_heads; ++h) {
-              stage_query(head_rows<T>(p.q, row, head + h, false), heads.head_dim, kPadded,
-                          q_rows + h * kPadded);
-            }
-            if (t < num_heads) {
-              PartialLse all{-INFINITY, 0.0f};
-              for (int32_t s = 0; s < num_splits; ++s) {
-                all = merge(all, partial[partial_index(p, num_splits, row, s, head + t)]);
-              }
-              lse[t] = log2_sum(all);
-            }
-            __syncthreads();
-            // A warp's unit: some keys of one key head, against those of its query heads that are
-            // at hand.
-            const int64_t first_k = head / heads.group;
-            const int num_heads_k =
-                static_cast<int>((head + num_heads - 1) / heads.group - first_k + 1);
-            const int num_units = num_heads_k * ((num_keys + kUnitKeys - 1) / kUnitKeys);
-            for (int unit = warp; unit < num_units; unit += kWarps) {
-              const int64_t head_k = first_k + unit % num_heads_k;
-              const int j = unit / num_heads_k * kUnitKeys + group_of_lanes;
-              const int h_begin = static_cast<int>(larger<int64_t>(head_k * heads.group - head, 0));
-              const int h_end =
-                  static_cast<int>(smaller<int64_t>((head_k + 1) * heads.group - head, num_heads));
-              int64_t key[kUnroll];
+  for_pieces(segments, segments.k, tile_begin, tile_end,
+             [&](const Segment& segment, int64_t begin, int64_t end) {
+               float column = 0.0f;  // of key begin + t
+               for (int64_t query = 0; query < segment.q_len; ++query) {
+                 const int64_t row = segment.q_begin + query;
+                 const int64_t visible_end = at_most(end, key_limit(p.visibility, segment, query));
+                 if (visible_end <= begin) continue;
+                 const int num_keys = static_cast<int>(visible_end - begin);
+                 float of_heads = 0.0f;
+                 for (int64_t head = 0; head < heads.num_heads_q; head += kFewHeads) {
+                   const int num_heads =
+                       static_cast<int>(at_most<int64_t>(kFewHeads, heads.num_heads_q - head));
+                   for (int h = 0; h < num_heads; ++h) {
+                     stage_query(head_rows<T>(p.q, row, head + h, false), heads.head_dim, kPadded,
+                                 q_rows + h * kPadded);
+                   }
+                   if (t < num_heads) {
+                     PartialLse all{-INFINITY, 0.0f};
+                     for (int32_t s = 0; s < num_splits; ++s) {
+                       all = merge(all, partial[partial_index(p, num_splits, row, s, head + t)]);
+                     }
+                     lse[t] = log2_sum(all);
+                   }
+                   __syncthreads();
+                   // A warp's unit: some keys of one key head, against those of its query heads
+                   // that are at hand.
+                   const int64_t first_k = head / heads.group;
+                   const int num_heads_k =
+                       static_cast<int>((head + num_heads - 1) / heads.group - first_k + 1);
+                   const int num_units = num_heads_k * ((num_keys + kUnitKeys - 1) / kUnitKeys);
+                   for (int unit = warp; unit < num_units; unit += kWarps) {
+                     const int64_t head_k = first_k + unit % num_heads_k;
+                     const int j = unit / num_heads_k * kUnitKeys + group_of_lanes;
+                     const int h_begin =
+                         static_cast<int>(at_least<int64_t>(head_k * heads.group - head, 0));
+                     const int h_end = static_cast<int>(
+                         at_most<int64_t>((head_k + 1) * heads.group - head, num_heads));
+                     int64_t key[kUnroll];
 #pragma unroll
-              for (int u = 0; u < kUnroll; ++u) key[u] = begin + j + u * kGroups;
-              dot_keys<kLanes>(head_rows<T>(p.k, segment.k_begin, head_k, k_vectors), key,
-                               visible_end, heads.head_dim, q_rows + h_begin * kPadded,
-                               h_end - h_begin, [&](int h, int u, float dot) {
-                                 const int at = j + u * kGroups;
-                                 if (at < num_keys) {
-                                   probability[h_begin + h][at] =
-                                       exp2f(fmaf(dot, log2_scale, -lse[h_begin + h]));
-                                 }
-                               });
-            }
-            __syncthreads();
-            if (t < num_keys) {
-              for (int h = 0; h < num_heads; ++h)
-                of_heads = reduce(p.head_reduce, of_heads, probability[h][t]);
-            }
-          }
-          if (t < num_keys) column = reduce(p.query_reduce, column, of_heads);
-        }
-        if (begin + t < end) {
-          p.scores[segment.k_begin + begin + t] = column *
-                                                  mean_factor(p.head_reduce, heads.num_heads_q) *
-                                                  mean_factor(p.query_reduce, segment.q_len);
-        }
-      });
+                     for (int u = 0; u < kUnroll; ++u) key[u] = begin + j + u * kGroups;
+                     dot_keys<kLanes>(head_rows<T>(p.k, segment.k_begin, head_k, k_vectors), key,
+                                      visible_end, heads.head_dim, q_rows + h_begin * kPadded,
+                                      h_end - h_begin, [&](int h, int u, float dot) {
+                                        const int at = j + u * kGroups;
+                                        if (at < num_keys) {
+                                          probability[h_begin + h][at] =
+                                              exp2f(fmaf(dot, log2_scale, -lse[h_begin + h]));
+                                        }
+                                      });
+                   }
+                   __syncthreads();
+                   if (t < num_keys) {
+                     for (int h = 0; h < num_heads; ++h)
+                       of_heads = reduce(p.head_reduce, of_heads, probability[h][t]);
+                   }
+                 }
+                 if (t < num_keys) column = reduce(p.query_reduce, column, of_heads);
+               }
+               if (begin + t < end) {
+                 p.scores[segment.k_begin + begin + t] =
+                     column * mean_factor(p.head_reduce, heads.num_heads_q) *
+                     mean_factor(p.query_reduce, segment.q_len);
+               }
+             });
 }
 
 }  // namespace pruneops

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
     const int64_t head = item % f.heads.num_heads_q;
     const int64_t tile_begin = item / f.heads.num_heads_q * kTile;
-    const int64_t tile_end = smaller(tile_begin + kTile, f.total);
+    const int64_t tile_end = at_most(tile_begin + kTile, f.total);
     zero_other_rows<T>(f, p.dq, head, tile_begin, tile_end, first_dim, kParts * kTile);
     for_pieces(segments, segments.q, tile_begin, tile_end,
                [&](const Segment& segment, int64_t begin, int64_t end) {
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
                  const int64_t q_begin = segment.q_begin + begin;
                  float dq[kParts][kRowsOfThread][kKeysOfThread] = {};
                  for (int64_t first = 0; first < end; first += kTile) {
-                   const int num_keys = static_cast<int>(smaller<int64_t>(kTile, end - first));
+                   const int num_keys = static_cast<int>(at_most<int64_t>(kTile, end - first));
                    const int64_t k_begin = segment.q_begin + first;
                    float change[kRowsOfThread][kKeysOfThread];
                    policy_gradient_tile<T, true>(p, vectors, head, q_begin, num_rows, k_begin,
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kTileThreads)
   for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
     const int64_t head_k = item % heads.num_heads_k;
     const int64_t tile_begin = item / heads.num_heads_k * kTile;
-    const int64_t tile_end = smaller(tile_begin + kTile, f.total);
+    const int64_t tile_end = at_most(tile_begin + kTile, f.total);
     zero_other_rows<T>(f, p.dk, head_k, tile_begin, tile_end, first_dim, kTile);
     zero_other_rows<T>(f, p.dv, head_k, tile_begin, tile_end, first_dim, kTile);
     for_pieces(
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kTileThreads)
           float dk[1][kRowsOfThread][kKeysOfThread] = {}, dv[1][kRowsOfThread][kKeysOfThread] = {};
           for (int64_t head = head_k * heads.group; head < (head_k + 1) * heads.group; ++head) {
             for (int64_t first = begin; first < segment.q_len; first += kTile) {
-              const int num_rows = static_cast<int>(smaller<int64_t>(kTile, segment.q_len - first));
+              const int num_rows = static_cast<int>(at_most<int64_t>(kTile, segment.q_len - first));
               const int64_t q_begin = segment.q_begin + first;
               float change[kRowsOfThread][kKeysOfThread];
               policy_gradient_tile<T, false>(p, vectors, head, q_begin, num_rows, k_begin, num_keys,

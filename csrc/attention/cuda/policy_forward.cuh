@@ -115,7 +115,7 @@ __device__ __forceinline__ void zero_other_rows(const CudaPolicyParams& p, const
                                                 int64_t first_dim, int64_t dims) {
   const int64_t begin = p.bounds[0], end = p.bounds[p.num_segments];
   if (tile_begin >= begin && tile_end <= end) return;
-  const int64_t last = smaller(first_dim + dims, p.heads.head_dim);
+  const int64_t last = at_most(first_dim + dims, p.heads.head_dim);
   for (int64_t r = tile_begin; r < tile_end; ++r) {
     if (r >= begin && r < end) continue;
     T* row = static_cast<T*>(view.data) + r * view.row_stride + head * view.head_stride;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kTileThreads)
   for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
     const int64_t head = item % p.heads.num_heads_q, head_k = head / p.heads.group;
     const int64_t tile_begin = item / p.heads.num_heads_q * kTile;
-    const int64_t tile_end = smaller(tile_begin + kTile, p.total);
+    const int64_t tile_end = at_most(tile_begin + kTile, p.total);
     zero_other_rows<T>(p, p.out, head, tile_begin, tile_end, first_dim, kParts * kTile);
     const int64_t r = tile_begin + threadIdx.x;
     if (blockIdx.y == 0 && r < tile_end && (r < segments.q[0] || r >= segments.q[p.num_segments])) {
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
           for (int i = 0; i < kRowsOfThread; ++i) max[i] = -INFINITY, sum[i] = 0.0f;
           for (int64_t first = 0; first < end; first += kTile) {
-            const int num_keys = static_cast<int>(smaller<int64_t>(kTile, end - first));
+            const int num_keys = static_cast<int>(at_most<int64_t>(kTile, end - first));
             const int64_t k_begin = segment.q_begin + first;
             float e[kRowsOfThread][kKeysOfThread];
             multiply_tile(q, num_rows, head_rows<T>(p.k, k_begin, head_k, k_vectors), num_keys,

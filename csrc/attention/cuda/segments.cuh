@@ -6,17 +6,9 @@
 
 #include "attention/attention.h"
 #include "common/cuda_block.cuh"
+#include "common/cuda_segments.cuh"
 
 namespace pruneops {
-
-template <class T>
-__device__ __forceinline__ T smaller(T a, T b) {
-  return b < a ? b : a;
-}
-template <class T>
-__device__ __forceinline__ T larger(T a, T b) {
-  return a < b ? b : a;
-}
 
 constexpr int kBoundsThreads = 256;
 
@@ -36,14 +28,14 @@ static __global__ void __launch_bounds__(kBoundsThreads)
   int32_t before = 0;  // highest entry so far
   for (int64_t first = 0; first < num_entries; first += kBoundsThreads) {
     const int64_t i = first + threadIdx.x;
-    const int32_t own = i < num_entries ? smaller(in[i], total) : 0;
+    const int32_t own = i < num_entries ? at_most(in[i], total) : 0;
     int32_t highest = warp_inclusive_max(own);
     if (threadIdx.x % kWarpSize == kWarpSize - 1) warp_max[warp] = highest;
     __syncthreads();
-    for (int w = 0; w < warp; ++w) highest = larger(highest, warp_max[w]);
-    highest = larger(highest, before);
+    for (int w = 0; w < warp; ++w) highest = at_least(highest, warp_max[w]);
+    highest = at_least(highest, before);
     if (i < num_entries) out[i] = highest;
-    for (int w = 0; w < kBoundsThreads / kWarpSize; ++w) before = larger(before, warp_max[w]);
+    for (int w = 0; w < kBoundsThreads / kWarpSize; ++w) before = at_least(before, warp_max[w]);
     __syncthreads();
   }
 }
@@ -61,22 +53,6 @@ struct DeviceSegments {
   }
 };
 
-// The first segment that ends past packed row x, num_segments if none does.
-//   ends  [num_segments] non-decreasing
-__device__ __forceinline__ int64_t first_ending_past(const int32_t* ends, int64_t num_segments,
-                                                     int64_t x) {
-  int64_t low = 0, high = num_segments;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (ends[middle] > x) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return low;
-}
-
 // Calls f(segment, begin, end) for the pieces of packed rows [tile_begin, tile_end), begin and end
 // counted from the segment's first row. All threads of a block take the same way.
 //   bounds  [num_segments + 1], segments.q or segments.k
@@ -85,8 +61,8 @@ __device__ __forceinline__ void for_pieces(const DeviceSegments& segments, const
                                            int64_t tile_begin, int64_t tile_end, const F& f) {
   int64_t b = first_ending_past(bounds + 1, segments.num_segments, tile_begin);
   for (; b < segments.num_segments && bounds[b] < tile_end; ++b) {
-    const int64_t begin = larger<int64_t>(bounds[b], tile_begin);
-    const int64_t end = smaller<int64_t>(bounds[b + 1], tile_end);
+    const int64_t begin = at_least<int64_t>(bounds[b], tile_begin);
+    const int64_t end = at_most<int64_t>(bounds[b + 1], tile_end);
     if (begin < end) f(segments[b], begin - bounds[b], end - bounds[b]);
   }
 }
@@ -100,7 +76,7 @@ __device__ __forceinline__ int64_t key_limit(const Visibility& visibility, const
   } else if (visibility.causal) {
     limit = segment.k_len - segment.q_len + query + 1;
   }
-  return smaller(larger<int64_t>(limit, 0), segment.k_len);
+  return at_most(at_least<int64_t>(limit, 0), segment.k_len);
 }
 
 }  // namespace pruneops

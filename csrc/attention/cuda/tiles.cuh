@@ -90,7 +90,7 @@ __device__ __forceinline__ void thread_limits(const Visibility& visibility, cons
 #pragma unroll
   for (int i = 0; i < kRowsOfThread; ++i) {
     limit[i] = row + i < num_rows ? key_limit(visibility, segment, first + row + i) : 0;
-    largest = larger(largest, limit[i]);
+    largest = at_least(largest, limit[i]);
   }
 }
 

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kRowThreads)
 // The tile of a work item.
 __device__ __forceinline__ TileWork tile_work(const CudaDpcKnnParams& p, int64_t item, bool whole,
                                               bool half_precision) {
-  const int64_t b = segment_past(p.items + 1, p.num_segments, item);
+  const int64_t b = first_ending_past(p.items + 1, p.num_segments, item);
   const int64_t of_segment = item - p.items[b];
   TileWork work;
   work.segment = segment_rows(p, b);

@@ -31,7 +31,7 @@ struct RowPlace {
 };
 
 __device__ __forceinline__ RowPlace place_of_row(const CudaDpcKnnParams& p, int64_t row) {
-  const int64_t segment = segment_past(p.bounds + 1, p.num_segments, row);
+  const int64_t segment = first_ending_past(p.bounds + 1, p.num_segments, row);
   if (segment == p.num_segments) return {segment, {0, 0}, 0};
   const SegmentRows rows = segment_rows(p, segment);
   const int64_t local = row - rows.begin;
@@ -83,7 +83,7 @@ struct Panel {
 
 // The first work item that is not before packed row `row`; tiles are in the order of their rows.
 __device__ __forceinline__ int64_t first_item(const CudaDpcKnnParams& p, int64_t row) {
-  const int64_t b = segment_past(p.bounds + 1, p.num_segments, row);
+  const int64_t b = first_ending_past(p.bounds + 1, p.num_segments, row);
   if (b == p.num_segments) return p.items[b];
   const SegmentRows rows = segment_rows(p, b);
   const int64_t tile = at_least<int64_t>(row - rows.begin, 0) / kTile;
@@ -92,7 +92,7 @@ __device__ __forceinline__ int64_t first_item(const CudaDpcKnnParams& p, int64_t
 
 // The first work item behind those of packed rows up to `last`.
 __device__ __forceinline__ int64_t end_item(const CudaDpcKnnParams& p, int64_t last) {
-  const int64_t b = segment_past(p.bounds + 1, p.num_segments, last);
+  const int64_t b = first_ending_past(p.bounds + 1, p.num_segments, last);
   if (b == p.num_segments) return p.items[b];
   const SegmentRows rows = segment_rows(p, b);
   if (last < rows.begin) return p.items[b];

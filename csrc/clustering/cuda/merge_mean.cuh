@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     merge_mean_kernel(CudaMergeMeanParams p, bool vectors) {
   __shared__ MergeShared s;
   const int64_t slot = blockIdx.x;
-  const int64_t b = segment_past(p.offsets + 1, p.num_segments, slot);
+  const int64_t b = first_ending_past(p.offsets + 1, p.num_segments, slot);
   const bool exists = b < p.num_segments;
   const int64_t begin = exists ? p.bounds[b] : 0;
   const int64_t num_rows = exists ? p.bounds[b + 1] - begin : 0;

@@ -7,6 +7,7 @@
 #include <math.h>
 
 #include "clustering/cuda/layout.cuh"
+#include "common/cuda_score_order.cuh"
 
 namespace pruneops {
 
@@ -172,13 +173,6 @@ static __global__ void __launch_bounds__(kRowThreads)
   p.score[row] = __fmul_rn(delta, own);
 }
 
-// Ordered as scores are: NaN lowest, -0 equal to +0.
-__device__ __forceinline__ uint32_t key_of_score(float score) {
-  if (score != score) return 0;
-  const uint32_t bits = score == 0.0f ? 0 : __float_as_uint(score);
-  return bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
-}
-
 // The rank of every row in its segment, by counting the rows before it; and the best ones as
 // centres.
 static __global__ void __launch_bounds__(kRowThreads) rank_kernel(CudaDpcKnnParams p) {
@@ -189,10 +183,10 @@ static __global__ void __launch_bounds__(kRowThreads) rank_kernel(CudaDpcKnnPara
   if (place.rows.count == 0) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const float* scores = p.score + place.rows.begin;
-  const uint32_t own = key_of_score(scores[place.row]);
+  const uint32_t own = ordered_key(scores[place.row]);
   uint32_t before = 0;
   for (int64_t i = lane; i < place.rows.count; i += kWarpSize) {
-    const uint32_t key = key_of_score(scores[i]);
+    const uint32_t key = ordered_key(scores[i]);
     before += key > own || (key == own && i < place.row);
   }
   const int32_t rank = static_cast<int32_t>(warp_sum(before));

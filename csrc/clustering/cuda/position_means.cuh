@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kPositionThreads)
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int64_t slot = blockIdx.x;
-  const int64_t b = segment_past(p.offsets + 1, p.num_segments, slot);
+  const int64_t b = first_ending_past(p.offsets + 1, p.num_segments, slot);
   const bool exists = b < p.num_segments;
   PositionRows rows{0, 1, 0};
   if (exists) {

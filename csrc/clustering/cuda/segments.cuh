@@ -1,36 +1,12 @@
-// Segments on the device: boundaries that kernels may rely on, sums over the segments before one,
-// and the way back from a position in such sums to its segment.
+// Segments on the device: boundaries that kernels may rely on, and sums over the segments before
+// one.
 
 #pragma once
 
 #include "common/cuda_block.cuh"
+#include "common/cuda_segments.cuh"
 
 namespace pruneops {
-
-template <class T>
-__device__ __forceinline__ T at_most(T a, T b) {
-  return b < a ? b : a;
-}
-template <class T>
-__device__ __forceinline__ T at_least(T a, T b) {
-  return a < b ? b : a;
-}
-
-// The first segment that ends past x, num_segments if none does.
-//   ends  [num_segments] non-decreasing
-template <class T>
-__device__ __forceinline__ int64_t segment_past(const T* ends, int64_t num_segments, int64_t x) {
-  int64_t low = 0, high = num_segments;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (ends[middle] > x) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return low;
-}
 
 constexpr int kLayoutThreads = 256;
 constexpr int kLayoutWarps = kLayoutThreads / kWarpSize;

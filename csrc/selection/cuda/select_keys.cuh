@@ -6,22 +6,14 @@
 #pragma once
 
 #include "common/cuda_kernel.h"
+#include "common/cuda_score_order.cuh"
 #include "common/float_types.h"
 
 namespace pruneops {
 
-constexpr uint32_t kNanKey = 0;
 constexpr uint32_t kProtectedKey = 0xffffffffu;
 // Keys that a block needs room for beyond those it holds.
 constexpr int kKeyPadding = 8;
-
-__device__ __forceinline__ uint32_t ordered_key(float score) {
-  const uint32_t bits = bits_of_float(score);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return kNanKey;
-  if (magnitude == 0) return 0x80000000u;
-  return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
-}
 
 struct KeyCounts {
   uint32_t num_protected;
