@@ -209,16 +209,9 @@ def test_an_image_may_have_text_between_its_tokens() -> None:
 def test_a_batch_generates_what_its_rows_generate_alone(side: str, use_cache: bool) -> None:
     model, _ = attached(tiny.llava())
     batch = tiny.llava_batch(ROWS, side)
-    sequences = model.generate(**batch, max_new_tokens=6, use_cache=use_cache)
-    used = 0
-    for b, ids in enumerate(ROWS):
-        images = ids.count(tiny.IMAGE) // tiny.IMAGE_TOKENS
-        inputs = {"input_ids": torch.tensor([ids])}
-        if images:
-            inputs["pixel_values"] = batch["pixel_values"][used : used + images]
-        used += images
-        alone = model.generate(**inputs, max_new_tokens=6)[0, len(ids) :]
-        assert sequences[b, batch["input_ids"].shape[1] :].tolist() == alone.tolist()
+    together = tiny.generated(model, batch, max_new_tokens=6, use_cache=use_cache)
+    alone = [tiny.generated(model, inputs, max_new_tokens=6)[0] for inputs in tiny.rows_alone(batch, ROWS)]
+    assert together == alone
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 3}], ids=str)

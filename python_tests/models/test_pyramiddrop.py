@@ -21,28 +21,15 @@ ROWS = [
 ]
 
 
-def pruned_rows_alone(model: nn.Module, batch: dict[str, Tensor], rows: list[list[int]], **options) -> list[list[int]]:
-    """Tokens that each row generates when it is run alone."""
-    new_tokens, used = [], 0
-    for ids in rows:
-        images = ids.count(tiny.IMAGE) // tiny.IMAGE_TOKENS
-        inputs = {"input_ids": torch.tensor([ids])}
-        if images:
-            inputs["pixel_values"] = batch["pixel_values"][used : used + images]
-        used += images
-        new_tokens.append(model.generate(**inputs, **options)[0, len(ids) :].tolist())
-    return new_tokens
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_batch_generates_what_its_rows_generate_alone(side: str, use_cache: bool) -> None:
     model = tiny.llava()
     batch = tiny.llava_batch(ROWS, side)
     with pruneops.prune(model, DROP):
-        sequences = model.generate(**batch, max_new_tokens=6, use_cache=use_cache)
-        expected = pruned_rows_alone(model, batch, ROWS, max_new_tokens=6)
-    assert sequences[:, batch["input_ids"].shape[1] :].tolist() == expected
+        together = tiny.generated(model, batch, max_new_tokens=6, use_cache=use_cache)
+        alone = [tiny.generated(model, inputs, max_new_tokens=6)[0] for inputs in tiny.rows_alone(batch, ROWS)]
+    assert together == alone
 
 
 @torch.no_grad()
@@ -52,13 +39,7 @@ def test_a_batch_keeps_the_tokens_that_its_rows_keep_alone() -> None:
     with pruneops.prune(model, DROP, record=True) as run:
         model(**batch)
         together = {(r.stage, r.row): r for r in run.records}
-        used = 0
-        for b, ids in enumerate(ROWS):
-            images = ids.count(tiny.IMAGE) // tiny.IMAGE_TOKENS
-            inputs = {"input_ids": torch.tensor([ids])}
-            if images:
-                inputs["pixel_values"] = batch["pixel_values"][used : used + images]
-            used += images
+        for b, inputs in enumerate(tiny.rows_alone(batch, ROWS)):
             model(**inputs)
             for alone in run.records:
                 assert together[alone.stage, b].kept_positions.tolist() == alone.kept_positions.tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +138,23 @@ def llava_batch(rows: list[list[int]], side: str = "left", seed: int = 0) -> dic
     if count:
         batch["pixel_values"] = pixels(count, seed)
     return batch
+
+
+def rows_alone(batch: dict[str, Tensor], rows: list[list[int]]) -> Iterator[dict[str, Tensor]]:
+    """The inputs of each row of a `llava_batch` by itself, without padding, with its own images."""
+    used = 0
+    for ids in rows:
+        images = ids.count(IMAGE) // IMAGE_TOKENS
+        inputs = {"input_ids": torch.tensor([ids])}
+        if images:
+            inputs["pixel_values"] = batch["pixel_values"][used : used + images]
+        used += images
+        yield inputs
+
+
+def generated(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[list[int]]:
+    """The new tokens of each row."""
+    return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 # -- models of videos --------------------------------------------------------------------------------------------------
