@@ -52,8 +52,8 @@ class SftArguments:
     method_config: str | None = field(
         default=None,
         metadata={
-            "help": "JSON with fields of the method, such as '{\"router_factor\": 0.4}' (default: those of the "
-            "checkpoint if it was trained with the method, otherwise the published ones)"
+            "help": "JSON with fields of the method, such as '{\"router_factor\": 0.4}'; the others are those of the "
+            "checkpoint if it was trained with the method, otherwise the published ones"
         },
     )
     vision_tower: str | None = field(
@@ -93,8 +93,8 @@ class SftTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has to be False."})
 
 
-def method_of(arguments: SftArguments) -> PruningMethod | None:
-    """The method that was asked for, None for dense."""
+def method_of(arguments: SftArguments, carried: PruningMethod | None = None) -> PruningMethod | None:
+    """The method that was asked for, None for dense. What is not asked for is as in the `carried` one of its kind."""
     cls = METHODS[arguments.method]
     fields = json.loads(arguments.method_config) if arguments.method_config else {}
     if not isinstance(fields, dict):
@@ -103,30 +103,28 @@ def method_of(arguments: SftArguments) -> PruningMethod | None:
         if fields:
             raise ValueError("--method_config: got fields for the dense model, which has none")
         return None
-    return method_from_dict({"method": cls.name, **fields})
+    start = carried.to_dict() if type(carried) is cls else {"method": cls.name}
+    return method_from_dict({**start, **fields})
 
 
 def load_model(arguments: SftArguments) -> Any:
     """The model with its method in place; weights of modules that the checkpoint does not have are new."""
     folder = checkpoints.find_folder(arguments.model)
     config = checkpoints.read_config(folder)
-    layout = checkpoints.layout_of(config)
-    if layout is not None:
-        name = checkpoints.read_original(folder, arguments.vision_tower).class_name
-        carried = layout.method_name
+    if checkpoints.layout_of(config) is not None:
+        source = checkpoints.read_original(folder, arguments.vision_tower)
+        name, carried = source.class_name, source.method
     elif config.get("model_type") in ("llava", "llava_next"):
         name = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}[
             config["model_type"]
         ]
-        carried = (config.get("pruning") or {}).get("method")
+        carried = method_from_dict(config["pruning"]) if config.get("pruning") else None
     else:
         raise ValueError(f"--model: {arguments.model} is of the type {config.get('model_type')!r}, expected a LLaVA")
-    carried = next((option for option, cls in METHODS.items() if cls is not None and cls.name == carried), carried)
-    method = method_of(arguments)
+    method = method_of(arguments, carried)
     if method is None and carried is not None:
-        raise ValueError(f"--method: got dense for a checkpoint of the method {carried}, expected --method {carried}")
-    if carried == arguments.method and arguments.method_config is None:
-        method = None  # as the checkpoint has it
+        kind = next((option for option, cls in METHODS.items() if cls is type(carried)), carried.name)
+        raise ValueError(f"--method: got dense for a checkpoint of the method {kind}, expected --method {kind}")
     model = getattr(models, name).from_pretrained(
         folder, pruning=method, vision_tower=arguments.vision_tower, dtype=getattr(torch, arguments.model_dtype)
     )

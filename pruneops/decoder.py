@@ -66,23 +66,23 @@ class Trace:
     records : list of Record
     dense_lengths : list of int
         Tokens of each row before any pruning.
-    layer_lengths, kv_lengths : list of list of int
-        Per layer the tokens of each row that it ran on, and those whose keys and values stay.
+    layer_lengths : list of list of int
+        Per layer the tokens of each row that it ran on.
     """
 
     record: bool = False
     records: list[Record] = field(default_factory=list)
     dense_lengths: list[int] = field(default_factory=list)
     layer_lengths: list[list[int]] = field(default_factory=list)
-    kv_lengths: list[list[int]] = field(default_factory=list)
     #: What the method adds to the loss of the model in training.
     auxiliary_loss: Tensor | None = None
+    _kv_lengths: list[list[int] | Tensor] = field(default_factory=list)
     _marks: list[Any] = field(default_factory=list)
 
     def restart(self, dense_lengths: list[int]) -> None:
         """Forget the previous forward pass."""
         self.dense_lengths, self.auxiliary_loss = dense_lengths, None
-        self.records, self.layer_lengths, self.kv_lengths, self._marks = [], [], [], []
+        self.records, self.layer_lengths, self._kv_lengths, self._marks = [], [], [], []
 
     def mark(self, device: torch.device) -> None:
         """Note the time without stopping the device."""
@@ -92,6 +92,12 @@ class Trace:
             self._marks.append(event)
         else:
             self._marks.append(time.perf_counter())
+
+    @property
+    def kv_lengths(self) -> list[list[int]]:
+        """Per layer the tokens of each row whose keys and values stay. Waits for the device where a method let it
+        choose among them."""
+        return [n.tolist() if isinstance(n, Tensor) else n for n in self._kv_lengths]
 
     @property
     def layer_seconds(self) -> list[float]:
@@ -169,7 +175,8 @@ class DecoderState:
         self.notes: Any = None
         self._appender: ChunkAppender | None = None
         # Those of this pass: checkpointing may run a layer again when the trace is of another one.
-        self._layer_lengths, self._kv_lengths = trace.layer_lengths, trace.kv_lengths
+        self._layer_lengths, self._kv_lengths = trace.layer_lengths, trace._kv_lengths
+        self._stored: Tensor | None = None
         self._policy: Tensor | None = None
         self._policy_epsilon = 0.0
 
@@ -206,9 +213,13 @@ class DecoderState:
         Parameters
         ----------
         keep : Tensor
-            ``(total,)`` bool, on the device; nothing reads it back.
+            ``(total,)`` bool, on the device; nothing reads it back before `Trace.kv_lengths` is asked for.
         """
-        self._appender.keep = keep
+        if self._appender is not None:
+            self._appender.keep = keep
+        if not self.decoding:
+            counts = torch.zeros_like(self.batch.cu_seqlens[1:])
+            self._stored = counts.index_add_(0, self.batch.row_ids, keep.to(counts.dtype))
 
     def mask_keys(self, policy: Tensor, epsilon: float) -> None:
         """From here on, the attention among the tokens of the batch is `pruneops.ops.policy_attention`.
@@ -244,7 +255,7 @@ class DecoderState:
             batch = batch.with_position_ids(append.position_ids)
         if not self.decoding and len(self._layer_lengths) == i:  # not when checkpointing runs the layer again
             self._layer_lengths.append(batch.lengths)
-            self._kv_lengths.append(batch.lengths)
+            self._kv_lengths.append(batch.lengths if self._stored is None else self._stored)
         if not batch.values.shape[0]:
             if append is not None:
                 self.cache.layers[i].state = append.after
@@ -275,7 +286,7 @@ class DecoderState:
         before : RaggedBatch
             What they ran on.
         """
-        self.trace.kv_lengths[:num_layers] = [self.batch.lengths] * num_layers
+        self._kv_lengths[:num_layers] = [self.batch.lengths] * num_layers
         if self.cache is not None:
             self.cache.keep_of_chunk(num_layers, before, self.batch)
 
@@ -394,12 +405,13 @@ def ragged_forward(
     use_cache: bool,
     output_hidden_states: bool,
     prompt_length: int | None,
+    question_starts: Tensor | None,
 ) -> BaseModelOutputWithPast:
     """Run the decoder over a padded batch, pruned by `method`.
 
-    Shapes are those of a Hugging Face text model; `visual_token_mask` and `labels` are ``(batch, length)`` for the
-    columns of `inputs_embeds`, `num_frames` has an entry for every image or video among them. `labels` are masked in
-    place where a pruned row has no token left to predict them from.
+    Shapes are those of a Hugging Face text model; `visual_token_mask`, `labels` and `question_starts` are ``(batch,
+    length)`` for the columns of `inputs_embeds`, `num_frames` has an entry for every image or video among them. The
+    `labels` are masked in place where a pruned row has no token left to predict them from.
     """
     batch_size, columns = inputs_embeds.shape[:2]
     cache = (
@@ -413,7 +425,16 @@ def ragged_forward(
         # One new token in every row: nothing to read back. A mask on a device is taken to be 1 for the new tokens.
         batch = pack_one_token(inputs_embeds, position_ids)
     else:
-        batch = pack(inputs_embeds, attention_mask, position_ids, visual_token_mask, labels, prompt_length, num_frames)
+        batch = pack(
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            visual_token_mask,
+            labels,
+            prompt_length,
+            num_frames,
+            question_starts,
+        )
     if not decoding:
         trace.restart(batch.lengths)
         trace.mark(inputs_embeds.device)

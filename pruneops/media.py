@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruneops.ragged import image_runs
+from pruneops.ragged import image_runs, to_device
 
 MODALITIES = ("image", "video")
 #: Where the features of videos carry how many frames each of them has, if their shape does not say so.
@@ -36,7 +36,7 @@ class Medium:
 
 
 class MediaNotes:
-    """What is known of the images and videos of the call under way: all that leads to a numbered mask.
+    """What is known of the call under way: all that leads to a numbered mask of its images and videos, and its text.
 
     Attributes
     ----------
@@ -44,14 +44,17 @@ class MediaNotes:
         ``"image"`` and ``"video"``: the media of that kind in order of appearance in the batch.
     placeholders : dict
         ``"image"`` and ``"video"``: ``(batch, length)`` bool, True at placeholders of that kind.
+    input_ids : Tensor or None
+        ``(batch, length)``, if the method asks for tokens.
     """
 
     def __init__(self) -> None:
         self.media: dict[str, list[Medium]] = {}
         self.placeholders: dict[str, Tensor] = {}
+        self.input_ids: Tensor | None = None
 
     def clear(self) -> None:
-        self.media, self.placeholders = {}, {}
+        self.media, self.placeholders, self.input_ids = {}, {}, None
 
     def note_features(self, model: nn.Module, modality: str, outputs: Any) -> None:
         """Take down what the encoder made of all images, or of all videos."""
@@ -158,7 +161,7 @@ def number_media(placeholders: dict[str, Tensor], media: dict[str, list[Medium]]
             count += 1
             numbers[visual] = count
             frames.append(medium.frames)
-    return numbers.view(stacked.shape[1:]).to(stacked.device), frames
+    return to_device(numbers.view(stacked.shape[1:]), stacked.device), frames
 
 
 def _places_of(modality: str, media: list[Medium], mask: Tensor) -> Iterator[tuple[str, Medium, Tensor]]:

@@ -72,6 +72,8 @@ class Entry:
     bridges : tuple of (Tensor, Tensor, Tensor)
         Supervised tokens that follow a visual token: their packed index, their row and their flat padded index,
         ``(n,)`` int64 each (see `RaggedBatch.unpack`).
+    question_starts : list of list of int or None
+        Per row the tokens, counted in the row, at which a question begins; None: not known.
     """
 
     padded_shape: tuple[int, int]
@@ -80,6 +82,7 @@ class Entry:
     query_tokens: list[list[int]]
     supervised: list[list[tuple[int, int]]] | None
     bridges: tuple[Tensor, Tensor, Tensor]
+    question_starts: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -380,7 +383,7 @@ class RaggedBatch:
         if not rows:
             nothing = torch.empty(0, dtype=torch.int64, device=device)
             return nothing, nothing
-        chosen = torch.tensor(rows, dtype=torch.int64, device=device)
+        chosen = to_device(torch.tensor(rows, dtype=torch.int64), device)
         last = self.cu_seqlens[chosen + 1].long() - 1
         column = self.entry.source[self.origin[last]] - chosen * length
         return last, torch.where(column < length - 1, chosen * length + length - 1, -1)
@@ -415,6 +418,7 @@ def pack(
     labels: Tensor | None,
     prompt_length: int | None = None,
     num_frames: Sequence[int] | None = None,
+    question_starts: Tensor | None = None,
 ) -> RaggedBatch:
     """Pack a padded batch. Reads the masks (and labels) back to the host once; nothing after this does.
 
@@ -434,10 +438,13 @@ def pack(
         Columns that belong to the prompt, if `generate` without a cache feeds generated tokens behind it.
     num_frames : sequence of int or None
         Frames of every image, in order of appearance in the batch; None: every image is one frame.
+    question_starts : Tensor or None
+        ``(batch, length)`` bool, True where a question begins.
     """
     batch, length, hidden = inputs_embeds.shape
     device = inputs_embeds.device
-    valid, numbered, labels = _read_back(batch, length, attention_mask, visual_token_mask, labels)
+    masks = attention_mask, visual_token_mask, labels, question_starts
+    valid, numbered, labels, starts = _read_back(batch, length, *masks)
     visual = numbered * valid
 
     flat = valid.flatten().nonzero().squeeze(1)
@@ -471,6 +478,7 @@ def pack(
         query_tokens=_query_tokens(valid, labels, prompt_length),
         supervised=None if labels is None else _supervised(valid, labels),
         bridges=tuple(to_device(t, device) for t in _bridges(valid, visual, labels)),
+        question_starts=None if starts is None else [_places(starts[b][valid[b]] != 0) for b in range(batch)],
     )
     return RaggedBatch(
         values=values,
@@ -519,9 +527,11 @@ def _read_back(
     attention_mask: Tensor | None,
     visual_token_mask: Tensor | None,
     labels: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Valid mask (bool), image numbers (int64) and labels on the CPU, fetched in a single transfer."""
-    wanted = [t.to(torch.int64) for t in (attention_mask, visual_token_mask, labels) if t is not None]
+    question_starts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Valid mask (bool), image numbers, labels and starts (int64) on the CPU, fetched in a single transfer."""
+    given = attention_mask, visual_token_mask, labels, question_starts
+    wanted = [t.to(torch.int64) for t in given if t is not None]
     fetched = iter(torch.stack(wanted).cpu() if wanted else ())
     valid = next(fetched) != 0 if attention_mask is not None else torch.ones(batch, length, dtype=torch.bool)
     visual = next(fetched) if visual_token_mask is not None else torch.zeros(batch, length, dtype=torch.int64)
@@ -532,7 +542,8 @@ def _read_back(
             f"visual_token_mask: got the value {int(visual.min())}, expected 0 for text or the number of the row's "
             "image (1, 2, ...)"
         )
-    return valid, visual, next(fetched) if labels is not None else None
+    labels, starts = (None if t is None else next(fetched) for t in (labels, question_starts))
+    return valid, visual, labels, starts
 
 
 def _spans(visual: Tensor) -> list[Span]:
@@ -597,8 +608,13 @@ def _query_tokens(valid: Tensor, labels: Tensor | None, prompt_length: int | Non
             continue
         supervised = labels[b][valid[b]] != -100
         starts = supervised[1:] & ~supervised[:-1]
-        queries.append(starts.nonzero().squeeze(1).tolist())
+        queries.append(_places(starts))
     return queries
+
+
+def _places(mask: Tensor) -> list[int]:
+    """Where a mask ``(n,)`` on the CPU is True."""
+    return mask.nonzero().squeeze(1).tolist()
 
 
 def _supervised(valid: Tensor, labels: Tensor) -> list[list[tuple[int, int]]]:

@@ -53,6 +53,7 @@ def text_forward(
     if inputs_embeds is None:
         inputs_embeds = self.embed_tokens(input_ids)
     output_hidden_states = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+    input_ids = run.notes.input_ids if input_ids is None else input_ids
     _refuse(self, kwargs, attention_mask, position_ids, inputs_embeds)
     if visual_token_mask is None:
         numbered = run.notes.number()
@@ -66,6 +67,19 @@ def text_forward(
         use_cache = bool(self.config.use_cache) and not self.training
     if self.training and getattr(self, "gradient_checkpointing", False):
         use_cache = False
+    if pruning_labels is not None and run.method.judges_answers:
+        if past:
+            raise ValueError(
+                f"labels: got some together with a cache that holds {past} columns, expected the whole text in one "
+                "call: which tokens the method drops depends on where in it the answers are"
+            )
+        if self.training and (use_cache or past_key_values is not None):
+            warnings.warn(
+                "`use_cache=True` is incompatible with training, where decisions are drawn for the whole text. Setting "
+                "`use_cache=False`.",
+                stacklevel=2,
+            )
+            use_cache, past_key_values = False, None
     prompt_length = None
     if run.generating and past_key_values is None:
         # Without a cache generate() feeds the whole text each time; the prompt is what came first.
@@ -84,6 +98,10 @@ def text_forward(
             "tokens are ranked by the end of each row, as for a prompt, not by what stands before the answers",
             stacklevel=2,
         )
+    visual = _columns(visual_token_mask, "visual_token_mask", batch, past, columns, 0)
+    labels = _columns(pruning_labels, "labels", batch, 0, columns, None)
+    if labels is not None and visual is not None and run.method.judges_answers:
+        labels.masked_fill_(visual != 0, -100)  # the head's copy, which the loss is of
     outputs = ragged_forward(
         self,
         run.method,
@@ -91,15 +109,32 @@ def text_forward(
         inputs_embeds=inputs_embeds,
         attention_mask=_columns(attention_mask, "attention_mask", batch, past, columns, None),
         position_ids=_last_columns(position_ids, batch, columns),
-        visual_token_mask=_columns(visual_token_mask, "visual_token_mask", batch, past, columns, 0),
+        visual_token_mask=visual,
         num_frames=_new_frames(num_frames, visual_token_mask, past, columns),
-        labels=_columns(pruning_labels, "labels", batch, 0, columns, None),
+        labels=labels,
         past_key_values=past_key_values,
         use_cache=use_cache,
         output_hidden_states=bool(output_hidden_states),
         prompt_length=prompt_length,
+        question_starts=None if past and columns == 1 else _question_starts(run, input_ids, batch, columns),
     )
     return outputs if kwargs.get("return_dict", True) is not False else outputs.to_tuple()
+
+
+def _question_starts(run: Run, input_ids: Tensor | None, batch: int, columns: int) -> Tensor | None:
+    """``(batch, columns)`` bool: where the tokens that the method seeks begin; None if it seeks none."""
+    tokens = run.method.sought_tokens
+    if tokens is None:
+        return None
+    if input_ids is None or input_ids.shape != (batch, columns):
+        warnings.warn(
+            "question_start: the model got inputs_embeds without input_ids, so where questions begin is not known; "
+            "all text behind the last image counts as the question",
+            stacklevel=3,
+        )
+        return None
+    following = nn.functional.pad(input_ids, (0, len(tokens) - 1), value=-1)
+    return torch.stack([following[:, i : i + columns] == token for i, token in enumerate(tokens)]).all(0)
 
 
 def _refuse(
@@ -274,12 +309,15 @@ def multimodal_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Forward of the model between encoders and text: notes which tokens are whose image or video."""
     run: Run = getattr(self, RUN_ATTRIBUTE)
     run.notes.clear()
+    stock = run.stock(self, "forward")
+    if run.method.sought_tokens is not None:
+        run.notes.input_ids = inspect.signature(stock).bind_partial(*args, **kwargs).arguments.get("input_ids")
     encoded = kwargs.get("mm_encoder_outputs") or {}
     for modality in MODALITIES:
         if encoded.get(modality) is not None:
             run.notes.note_features(self, modality, encoded[modality])
     try:
-        return run.stock(self, "forward")(*args, **kwargs)
+        return stock(*args, **kwargs)
     finally:
         run.notes.clear()
 

@@ -107,6 +107,14 @@ def test_everything_above_the_ops_uses_their_front_ends(path):
     assert not own(path) & {"reference", "_library"}
 
 
+@pytest.mark.parametrize("path", files_of("ragged", "cache", "decoder", "media", "methods"), ids=module_name)
+def test_host_values_reach_the_device_by_copies_that_nothing_waits_for(path):
+    """`to_device` pins them; a tensor that is made from a list on the device waits until it has arrived."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.tensor", "torch.as_tensor"):
+            assert not any(keyword.arg == "device" for keyword in node.keywords), ast.unparse(node)
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_layers_import_downwards_only(path):
     here = part(module_name(path))

@@ -28,6 +28,9 @@ class PruningMethod:
     positions: ClassVar[Positions] = Positions.GIVEN
     #: In training the labels decide what is kept: they say where the answers begin.
     asks_labels: ClassVar[bool] = True
+    #: Labels say which tokens are answers, about which the method decides: then the whole text has to come at once, and
+    #: labels on visual tokens, which are never part of an answer, do not count.
+    judges_answers: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -47,6 +50,11 @@ class PruningMethod:
     def for_model(self, num_layers: int, config: Any) -> PruningMethod:
         """`for_depth`, and everything that depends on the config of the model between images and text as well."""
         return self.for_depth(num_layers)
+
+    @property
+    def sought_tokens(self) -> tuple[int, ...] | None:
+        """Token ids that begin a question, if the method has to know where questions begin."""
+        return None
 
     @property
     def ranked_layers(self) -> tuple[int, ...]:

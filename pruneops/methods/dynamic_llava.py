@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pruneops.decoder import DecoderState, Positions, Record
+from pruneops.decoder import DecoderState, Positions
 from pruneops.methods.base import PruningMethod
-from pruneops.methods.dynamic_llava_predictors import KEEP, ImagePredictor, Predictor, TextPredictor
-from pruneops.methods.dynamic_llava_segments import Range, Segments, tokens_of, tokens_within
-from pruneops.methods.dynamic_llava_training import EPSILON, MaskDraw, warn_of_missing_labels
+from pruneops.methods.dynamic_llava_inference import prune_text_and_images, record_kept
+from pruneops.methods.dynamic_llava_predictors import (
+    IMAGE,
+    INSTRUCT,
+    OUTPUT_TEXT,
+    ImagePredictor,
+    Predictor,
+    TextPredictor,
+    predictors_of,
+)
+from pruneops.methods.dynamic_llava_training import EPSILON, MaskDraw, warn_of_a_cache, warn_of_missing_labels
 from pruneops.methods.mod_layer import check_finite
-from pruneops.methods.mod_route import Targets
-from pruneops.ragged import Span
 
-IMAGE, OUTPUT_TEXT, INSTRUCT = "image_score_predictor", "output_text_score_predictor", "instruct_score_predictor"
 _FLAGS = ("use_vision_predictor", "use_text_predictor", "use_output_text_predictor", "use_instruct_predictor")
 _RATES = ("vision_keep_rate", "output_text_keep_rate", "instruct_keep_rate")
 _LENGTHS = ("output_text_len_for_training", "instruct_len_for_training")
 _SIZES = ("sparse_layer", "d_model", "nhead", "dim_feedforward", "num_layers")
-#: Fields that are the Trainer's business in the official code.
-_NOT_OFFICIAL = ("gumbel_start_tau", "gumbel_end_tau")
-#: Of the evaluation with labels, where a softmax over what was kept must not see anything else.
-_NO_LEAK = 1e-20
+#: Fields that the official config does not have: the Trainer's business there, or a constant of the code.
+_NOT_OFFICIAL = ("gumbel_start_tau", "gumbel_end_tau", "question_start")
+#: "USER:" for the tokenizer of Vicuna.
+_OFFICIAL_QUESTION_START = (11889, 29901)
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,20 @@ class DynamicLlava(PruningMethod):
     mask_loss_weight : float
     gumbel_start_tau, gumbel_end_tau : float
         Temperatures of the draws at the first and the last training step (`pruneops.training.GumbelTemperature`).
+    question_start : sequence of int, optional
+        Only of use with an instruct predictor: the tokens that begin a question in a conversation of several turns, for
+        LLaVA 1.5 ``tokenizer("USER:", add_special_tokens=False).input_ids``. None: not known.
 
     Notes
     -----
-    *Segments.* A row is text, images, question (everything behind its last image) and answer. With labels the answer is
-    the last supervised stretch and the question begins behind the stretch before it, if there is one; earlier answers
-    of a conversation are never sparsified. Without labels the question ends with the prompt.
+    *Segments.* A row is text, images, question and answer. With labels the answer is the last supervised stretch;
+    without, the question ends with the prompt. The question begins at the last `question_start` behind the row's last
+    image and, with labels, behind the answer before. Where none is found, it begins right behind these. So the turns
+    before the last one stay whole, but for a prompt of several turns that is read in one piece without labels and
+    without a `question_start`: there all text behind the last image is judged as the question. Tokens are looked for
+    in ``input_ids``; a call with ``inputs_embeds`` only has none, and warns.
+
+    *Labels on image tokens* do not count: they are no part of an answer and not in the loss.
 
     *Logits.* The first column is keep, the second drop, as in the official code (the paper has them the other way).
     Decisions on text compare the two; a draw adds Gumbel noise first.
@@ -76,7 +89,8 @@ class DynamicLlava(PruningMethod):
 
     *Instruct predictor.* At the prompt, tokens of the question that it does not keep are dropped before `sparse_layer`;
     the last token of the question always stays. In a further chunk on the cache all text is seen within the chunk, and
-    what it does not keep, apart from each row's last token, is not stored. A row without images keeps its prompt.
+    of its question, with images or without, what it does not keep is not stored, apart from each row's last token; if
+    `question_start` is None, the same goes for all text of the chunk. A row without images keeps its prompt.
 
     *Further turns*: images of the new chunk are ranked within the chunk; earlier turns are never revisited. Text of a
     chunk is stored whole without an instruct predictor. A chunk of one column is a decoding step.
@@ -89,8 +103,16 @@ class DynamicLlava(PruningMethod):
 
     *Training* (train mode, no cache): nothing is dropped. Gumbel draws (straight-through) make a policy over the tokens
     that masks keys in the layers from `sparse_layer` on (`pruneops.ops.policy_attention`), and the mask losses are
-    added to the loss of the model (without labels in the call they are in ``run.auxiliary_loss``). In evaluation mode
-    with labels, the answers' tokens are masked as their decisions say, so the loss is that of generating them.
+    added to the loss of the model. Without labels in the call there is a warning: questions and answers are not drawn
+    on, and the mask losses are left in ``run.auxiliary_loss``. A cache is of no use in training: with labels
+    ``use_cache=True`` is ignored, with a warning; without them it means inference.
+
+    *Evaluation* (labels in evaluation mode): the answers' tokens are masked as their decisions say, so the loss is that
+    of generating them. It takes the whole text in one call; labels on a filled cache are refused.
+
+    *Beam search* works with any number of images a row. But LLaVA's stock `generate` repeats the images of a batch one
+    by one, not row by row, for the beams: with several images in a row LLaVA itself, pruned or not, then looks at the
+    wrong ones.
 
     *Where the official code fails or is limited* (padding, which it knows in layer 0 only; zeros in the caches of
     shorter rows, which it attends to; the first row's image place for all rows; equally many image tokens in every
@@ -120,10 +142,12 @@ class DynamicLlava(PruningMethod):
     mask_loss_weight: float = 100.0
     gumbel_start_tau: float = 1.0
     gumbel_end_tau: float = 0.1
+    question_start: Sequence[int] | None = None
 
     name: ClassVar[str] = "dynamic_llava"
     positions: ClassVar[Positions] = Positions.GIVEN
     asks_labels: ClassVar[bool] = False
+    judges_answers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for field in _FLAGS:
@@ -153,6 +177,8 @@ class DynamicLlava(PruningMethod):
                 f"d_model, nhead: got {self.d_model} and {self.nhead}, expected a multiple of 4 and of nhead with at "
                 "most 256 channels a head"
             )
+        if self.question_start is not None:
+            object.__setattr__(self, "question_start", _checked_tokens(self.question_start))
         if not self._wanted:
             raise ValueError(f"{', '.join(_FLAGS)}: got no predictor, expected at least one")
 
@@ -164,7 +190,8 @@ class DynamicLlava(PruningMethod):
         ----------
         sparse_config : mapping
             The official ``sparse_config``, or a whole config that has it; its keys are the fields of the method. Keys
-            that are missing have the published values, other keys are ignored.
+            that are missing have the published values, other keys are ignored. With an instruct predictor,
+            `question_start` is what the official code looks for: "USER:" as Vicuna's tokenizer has it.
 
         Raises
         ------
@@ -177,10 +204,11 @@ class DynamicLlava(PruningMethod):
         if not isinstance(values, Mapping) or "sparse_layer" not in values:
             raise ValueError(f"sparse_config: got {values!r}, expected a mapping with sparse_layer")
         official = [field.name for field in fields(cls) if field.name not in _NOT_OFFICIAL]
-        return cls(**{name: values[name] for name in official if values.get(name) is not None})
+        method = cls(**{name: values[name] for name in official if values.get(name) is not None})
+        return replace(method, question_start=_OFFICIAL_QUESTION_START) if INSTRUCT in method._wanted else method
 
     def to_official(self) -> dict[str, Any]:
-        """The official ``sparse_config`` of the method."""
+        """The official ``sparse_config`` of the method; it says nothing of temperatures and `question_start`."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_OFFICIAL}
 
     def for_depth(self, num_layers: int) -> DynamicLlava:
@@ -190,6 +218,10 @@ class DynamicLlava(PruningMethod):
                 "layers"
             )
         return self
+
+    @property
+    def sought_tokens(self) -> tuple[int, ...] | None:
+        return self.question_start if INSTRUCT in self._wanted else None
 
     # -- modules -----------------------------------------------------------------------------------------------------
 
@@ -272,17 +304,19 @@ class DynamicLlava(PruningMethod):
         if state.text_model.training and state.cache is None:
             self._draw_masks(predictors, state)
             return
+        if state.text_model.training and torch.is_grad_enabled() and not state.decoding:
+            warn_of_a_cache()
         with torch.no_grad():
             if state.decoding:
                 if OUTPUT_TEXT in predictors:
                     state.keep_in_cache(predictors[OUTPUT_TEXT].keeps(state.batch.values))
                 return
-            self._prune_prompt(predictors, state)
+            prune_text_and_images(self, predictors, state)
 
     def _draw_masks(self, predictors: dict[str, Predictor], state: DecoderState) -> None:
         """Training: decisions become a policy over the keys, outside of the layers that checkpointing runs again."""
         draw, scores = MaskDraw(self, state), [state.batch.values.new_empty(0)] * state.batch.batch_size
-        if OUTPUT_TEXT in predictors and not draw.labelled:
+        if not draw.labelled:
             warn_of_missing_labels()
         if IMAGE in predictors:
             scores = draw.images(predictors[IMAGE])
@@ -293,93 +327,7 @@ class DynamicLlava(PruningMethod):
         state.mask_keys(draw.policy, EPSILON)
         state.trace.auxiliary_loss = self.mask_loss_weight * draw.loss
         if state.trace.record:
-            _record(state, 0, scores, draw.policy > 0.5)
-
-    def _prune_prompt(self, predictors: dict[str, Predictor], state: DecoderState) -> None:
-        whole, further = state.batch, state.cache is not None and state.cache.get_seq_length() > 0
-        targets, segments = Targets.of_images(whole, 0), Segments.of(whole)
-        if IMAGE in predictors and targets is not None:
-            self._prune_images(predictors[IMAGE], targets, state)
-        # What may be dropped, by whom; the last token of a range stays whatever the predictor says.
-        ranges = {}
-        if not further:
-            ranges[INSTRUCT] = segments.questions
-        if state.cache is None and not segments.labelled:
-            ranges[OUTPUT_TEXT] = segments.answers  # what generate() has made so far
-        self._drop_text({predictors[name]: ranges[name] for name in ranges if name in predictors}, state)
-        if INSTRUCT in predictors and further:
-            _store_wanted(predictors[INSTRUCT], targets, state)
-        elif OUTPUT_TEXT in predictors and segments.labelled and not further:
-            _mask_answers(predictors[OUTPUT_TEXT], segments, state)
-
-    def _drop_text(self, ranges: dict[TextPredictor, list[Range]], state: DecoderState) -> None:
-        """Drop tokens that their predictor does not keep. Reads back how many stay, if any may go."""
-        batch, keep = state.batch, None
-        for predictor, row_ranges in ranges.items():
-            indices, _ = tokens_within([(start, max(stop - 1, start)) for start, stop in row_ranges], batch)
-            if indices.numel():
-                keep = torch.ones_like(batch.row_ids, dtype=torch.float32) if keep is None else keep
-                keep.index_copy_(0, indices, predictor.keeps(batch.values.index_select(0, indices)).float())
-        if keep is None:
-            return
-        counts = keep.new_zeros(batch.batch_size).index_add_(0, batch.row_ids, keep).int().tolist()
-        shorter, _ = batch.best_of_rows(keep, counts, None, [0] * batch.batch_size)
-        state.batch = shorter.with_spans(
-            [
-                [replace(spans[-1], length=n, visual=min(spans[-1].visual, n))]
-                for n, spans in zip(counts, batch.spans, strict=True)
-            ]
-        )
-        if state.trace.record:
-            _record(state, 1, [batch.values.new_empty(0, dtype=torch.float32)] * batch.batch_size)
-
-    def _prune_images(self, predictor: ImagePredictor, targets: Targets, state: DecoderState) -> None:
-        batch = state.batch
-        keep = [int(n * self.vision_keep_rate) for n in targets.counts]
-        if keep == targets.counts and not state.trace.record:
-            return
-        indices = tokens_of(targets.mask, targets.counts, batch)
-        logits = predictor(batch.values.index_select(0, indices), targets.counts)
-        scores = logits.float().log_softmax(-1)[:, KEEP]
-        everywhere = scores.new_zeros(batch.values.shape[0]).index_copy_(0, indices, scores)
-        shorter, _ = batch.best_of_rows(everywhere, keep, targets.others, targets.other_counts)
-        state.batch = shorter.with_spans(
-            [
-                # One span a row: that of an image if the row ends with one.
-                [Span(1, n, k, count) if spans[-1].image else Span(0, n, 0, 0)]
-                for n, k, count, spans in zip(shorter.lengths, keep, targets.counts, batch.spans, strict=True)
-            ]
-        )
-        if state.trace.record:
-            _record(state, 0, list(scores.split(targets.counts)))
-
-
-def predictors_of(text_model: nn.Module) -> dict[str, Predictor]:
-    """The predictors of a text model by name, in the order of their draws."""
-    return {name: getattr(text_model, name) for name in (IMAGE, OUTPUT_TEXT, INSTRUCT) if hasattr(text_model, name)}
-
-
-def _store_wanted(predictor: TextPredictor, targets: Targets | None, state: DecoderState) -> None:
-    """A further chunk: the instruct predictor decides which of its text is stored, besides the last of every row."""
-    batch = state.batch
-    keep = predictor.keeps(batch.values)
-    if targets is not None:
-        keep |= targets.mask.index_select(0, batch.origin)
-    keep |= batch.offsets + 1 == batch.cu_seqlens.diff().index_select(0, batch.row_ids)
-    state.keep_in_cache(keep)
-
-
-def _mask_answers(predictor: TextPredictor, segments: Segments, state: DecoderState) -> None:
-    """Evaluation with labels: every token of an answer sees what was kept before it, as in decoding."""
-    batch = state.batch
-    indices, _ = tokens_within(segments.answers, batch)
-    if not indices.numel():
-        return
-    keep = torch.ones_like(batch.row_ids, dtype=torch.bool)
-    keep.index_copy_(0, indices, predictor.keeps(batch.values.index_select(0, indices)))
-    state.mask_keys(keep.float(), _NO_LEAK)
-    if state.cache is not None:
-        state.keep_in_cache(keep)
+            record_kept(state, 0, scores, draw.policy > 0.5)
 
 
 def _make_up(predictor: nn.Module) -> tuple[dict[str, torch.Size], list[int]]:
@@ -388,12 +336,10 @@ def _make_up(predictor: nn.Module) -> tuple[dict[str, torch.Size], list[int]]:
     return {name: weight.shape for name, weight in predictor.named_parameters()}, heads
 
 
-def _record(state: DecoderState, stage: int, scores: list[Tensor], kept: Tensor | None = None) -> None:
-    """Per row the scores of its image tokens, and the tokens that are left, or of them those ``kept`` ``(total,)``."""
-    batch, start = state.batch, 0
-    for b in batch.rows:
-        row = slice(start, start + batch.lengths[b])
-        origin = batch.origin[row] if kept is None else batch.origin[row][kept[row]]
-        positions = origin - batch.entry.cu_seqlens_host[b]
-        state.trace.records.append(Record(stage, b, len(state.trace.layer_lengths), scores[b], positions))
-        start = row.stop
+def _checked_tokens(tokens: Sequence[int]) -> tuple[int, ...]:
+    whole = isinstance(tokens, Sequence) and not isinstance(tokens, (str, bytes))
+    if not whole or not all(type(token) is int for token in tokens):
+        raise TypeError(f"question_start: got {tokens!r}, expected a sequence of token ids, or None")
+    if not tokens or min(tokens) < 0:
+        raise ValueError(f"question_start: got {tokens!r}, expected at least one token id of at least 0, or None")
+    return tuple(tokens)

@@ -12,6 +12,8 @@ from pruneops import ops
 from pruneops.methods.mod_layer import check_finite
 from pruneops.ragged import cu_seqlens_of, to_device
 
+#: The predictors' names in a text model, in the order of their draws.
+IMAGE, OUTPUT_TEXT, INSTRUCT = "image_score_predictor", "output_text_score_predictor", "instruct_score_predictor"
 #: The columns of a predictor's logits.
 KEEP, DROP = 0, 1
 
@@ -69,6 +71,11 @@ class Predictor(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         check_finite((name, value) for name, value in state_dict.items() if name.startswith(prefix))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def predictors_of(text_model: nn.Module) -> dict[str, Predictor]:
+    """The predictors of a text model by name, in the order of their draws."""
+    return {name: getattr(text_model, name) for name in (IMAGE, OUTPUT_TEXT, INSTRUCT) if hasattr(text_model, name)}
 
 
 class TextPredictor(Predictor):

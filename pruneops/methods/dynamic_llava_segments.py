@@ -21,7 +21,7 @@ class Segments:
     ----------
     questions : list of (int, int)
         Per row the first token of the question and the one after its last, counted in the row before any pruning. Empty
-        in a row without images.
+        in a row without images, unless it continues a conversation.
     answers : list of (int, int)
         The same of the answer; empty where there is none.
     labelled : bool
@@ -33,8 +33,14 @@ class Segments:
     labelled: bool
 
     @classmethod
-    def of(cls, batch: RaggedBatch) -> Segments:
-        """Those of a batch from which nothing has been pruned."""
+    def of(cls, batch: RaggedBatch, further: bool = False) -> Segments:
+        """Those of a batch from which nothing has been pruned.
+
+        Parameters
+        ----------
+        further : bool
+            It continues conversations, whose images may have come in earlier turns.
+        """
         entry, questions, answers = batch.entry, [], []
         labelled = entry.supervised is not None
         for b in batch.rows:
@@ -51,8 +57,18 @@ class Segments:
             else:
                 end = length
                 answers.append((length, length))
-            questions.append((min(begin, end), end) if image_end else (end, end))
+            if image_end or further:
+                starts = entry.question_starts[b] if entry.question_starts is not None else ()
+                begin = max([begin, *(start for start in starts if start < end)])
+                questions.append((min(begin, end), end))
+            else:
+                questions.append((end, end))
         return cls(questions, answers, labelled)
+
+
+def without_last(ranges: list[Range]) -> list[Range]:
+    """The ranges without the last token of each."""
+    return [(start, max(stop - 1, start)) for start, stop in ranges]
 
 
 def tokens_within(ranges: list[Range], batch: RaggedBatch) -> tuple[Tensor, list[int]]:

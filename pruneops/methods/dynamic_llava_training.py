@@ -61,18 +61,18 @@ class MaskDraw:
         return list(logits.detach().float().log_softmax(-1)[:, KEEP].split(counts))
 
     def answers(self, predictor: TextPredictor) -> None:
-        """Decide about the tokens of every row's last answer."""
+        """Decide about the tokens of every row's last answer; about none without labels."""
         method = self._method
         self._text(predictor, self._segments.answers, method.output_text_keep_rate, method.output_text_len_for_training)
 
     def questions(self, predictor: TextPredictor) -> None:
-        """Decide about the tokens of every row's last question."""
+        """Decide about the tokens of every row's last question; about none without labels, which say where it ends."""
         self._text(
             predictor, self._segments.questions, self._method.instruct_keep_rate, self._method.instruct_len_for_training
         )
 
     def _text(self, predictor: TextPredictor, ranges: list[Range], rate: float, shortest: int) -> None:
-        indices, counts = tokens_within(ranges, self._batch)
+        indices, counts = tokens_within(ranges if self.labelled else [(0, 0)] * len(ranges), self._batch)
         self._apply(predictor, predictor, indices, counts, rate, shortest)
 
     def _apply(
@@ -107,8 +107,16 @@ class MaskDraw:
 
 def warn_of_missing_labels() -> None:
     warnings.warn(
-        "training without labels in the call of the model (label smoothing and custom losses take them out): where the "
-        "answers are is not known, so no decisions on them are trained, and the mask losses are left in "
+        "training without labels in the call of the model (label smoothing and custom losses take them out): where "
+        "questions and answers are is not known, so no decisions on them are trained, and the mask losses are left in "
         "run.auxiliary_loss instead of being added to the loss",
+        stacklevel=2,
+    )
+
+
+def warn_of_a_cache() -> None:
+    warnings.warn(
+        "a model in train mode is called with a cache and without labels: tokens are dropped as in inference, and no "
+        "predictor is trained; train with use_cache=False",
         stacklevel=2,
     )

@@ -17,7 +17,12 @@ class GumbelTemperature(TrainerCallback):
     """Sets the temperature of the predictors' draws before every step, falling exponentially over the training.
 
     Step ``s`` of ``n`` runs at ``start * (end / start) ** (s / n)``; both come from the attached `DynamicLlava`
-    (``gumbel_start_tau`` and ``gumbel_end_tau``), a model with another method or none is left alone.
+    (``gumbel_start_tau`` and ``gumbel_end_tau``). A model with another method or none is left alone.
+
+    Raises
+    ------
+    ValueError
+        In the first step, if the Trainer's model is not one that pruneops supports (`pruneops.prune` lists them).
     """
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
@@ -47,16 +52,23 @@ def parameter_groups(
     Parameters
     ----------
     model : nn.Module
-        With `DynamicLlava` attached, or with any other method or none: then without the last group.
+        One that pruneops supports, wrapped or not, with `DynamicLlava` attached; with another method or none there are
+        no predictors, and so no group of them.
     weight_decay : float
-        Of the model's matrices; biases and norms have none.
+        Of the model's parameters of two or more dimensions; biases and norms have none.
     predictor_lr, predictor_weight_decay : float
         Of all parameters of the predictors; the official training uses 2e-4 and 0.
 
     Returns
     -------
     list of dict
-        Up to three groups: matrices, biases and norms, predictors. Empty ones are left out.
+        Up to three groups of those parameters that require a gradient: matrices, biases and norms, predictors. Empty
+        ones are left out.
+
+    Raises
+    ------
+    ValueError
+        If pruneops does not support the model.
     """
     predictors = predictors_of(find_text_model(model)).values()
     special = {id(parameter) for predictor in predictors for parameter in predictor.parameters()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 import tiny
 import torch
@@ -91,8 +92,26 @@ def image_logits(predictor: nn.Module, x: Tensor) -> Tensor:
     return predictor.output_mlp(torch.cat([x[:, :half], x[:, half:].mean(0).expand(len(x), -1)], 1))
 
 
-def reference(twin: nn.Module, method: DynamicLlava, ids: list[int], prompt: int) -> tuple[Tensor, list[int]]:
-    """One row: a prompt of `prompt` tokens and what was generated behind it.
+def judge(predictors: dict[str, nn.Module], name: str, x: Tensor, tokens: Sequence[int], keep: Tensor) -> None:
+    """Let a predictor, if it is there, say which of some tokens are kept."""
+    if name in predictors:
+        logits = predictors[name].output_mlp(x[list(tokens)])
+        keep[list(tokens)] = logits[:, 0] > logits[:, 1]
+
+
+def reference(
+    twin: nn.Module,
+    method: DynamicLlava,
+    ids: list[int],
+    prompt: int,
+    question: range | None = None,
+    turn: range = range(0),
+    asked: range | None = None,
+) -> tuple[Tensor, list[int]]:
+    """One row: a prompt of `prompt` tokens and what was generated behind it, but for a further `turn`, read at once.
+
+    An instruct predictor judges the `question`, by default all behind the last image, and what is `asked` in the turn,
+    by default all of it.
 
     Returns ``(tokens, vocabulary)`` logits and the tokens that the layers from the sparse one on keep.
     """
@@ -101,6 +120,8 @@ def reference(twin: nn.Module, method: DynamicLlava, ids: list[int], prompt: int
     visual = torch.tensor(ids) >= PIXELS[0]
     x = text_model.embed_tokens(torch.tensor([ids]))
     keep = torch.ones(n, dtype=torch.bool)
+    of_turn = torch.zeros(n, dtype=torch.bool)
+    of_turn[turn.start : turn.stop] = True
     position_embeddings = text_model.rotary_emb(x, torch.arange(n)[None])
     for i, layer in enumerate(text_model.layers):
         if i == method.sparse_layer:
@@ -109,13 +130,13 @@ def reference(twin: nn.Module, method: DynamicLlava, ids: list[int], prompt: int
                 best = scores.argsort(descending=True, stable=True)[: int(int(visual.sum()) * method.vision_keep_rate)]
                 keep[visual] = False
                 keep[visual.nonzero()[best, 0]] = True
-                question = torch.arange(int(visual.nonzero()[-1]) + 1, prompt - 1)
-                if method.use_instruct_predictor:
-                    logits = predictors["instruct_score_predictor"].output_mlp(x[0, question])
-                    keep[question] = logits[:, 0] > logits[:, 1]
-            logits = predictors["output_text_score_predictor"].output_mlp(x[0, prompt:])
-            keep[prompt:] = logits[:, 0] > logits[:, 1]
-        sees = torch.ones(n, n, dtype=torch.bool).tril() & (keep | torch.eye(n, dtype=torch.bool))
+                behind = question or range(int(visual.nonzero()[-1]) + 1, prompt)
+                judge(predictors, "instruct_score_predictor", x[0], behind[:-1], keep)
+            generated = [t for t in range(prompt, n) if not of_turn[t]]
+            judge(predictors, "output_text_score_predictor", x[0], generated, keep)
+            judge(predictors, "instruct_score_predictor", x[0], (asked or turn)[:-1], keep)
+        beside = torch.eye(n, dtype=torch.bool) | of_turn & of_turn[:, None]
+        sees = torch.ones(n, n, dtype=torch.bool).tril() & (keep | beside)
         mask = torch.where(sees, 0.0, -math.inf).to(x.dtype)[None, None]
         x = layer(x, attention_mask=mask, position_embeddings=position_embeddings)
     return twin.lm_head(text_model.norm(x))[0], keep.nonzero()[:, 0].tolist()

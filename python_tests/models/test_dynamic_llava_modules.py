@@ -177,6 +177,15 @@ def test_official_configs_and_plain_dicts_go_round() -> None:
     assert again.to_official() == method.to_official() and again.gumbel_end_tau == 0.1
 
 
+def test_where_questions_begin_is_saved_and_is_what_the_official_code_looks_for_in_official_models() -> None:
+    method = DynamicLlava(use_instruct_predictor=True, question_start=[5, 6])
+    assert method.question_start == (5, 6) and method_from_dict(json.loads(json.dumps(method.to_dict()))) == method
+    assert hash(method) == hash(DynamicLlava(use_instruct_predictor=True, question_start=(5, 6)))
+    official = DynamicLlava.from_official({**OFFICIAL, "use_instruct_predictor": True})
+    assert official.question_start == (11889, 29901)  # "USER:"
+    assert DynamicLlava.from_official(OFFICIAL).question_start is None
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
@@ -192,6 +201,10 @@ def test_official_configs_and_plain_dicts_go_round() -> None:
         ({"d_model": 32, "nhead": 5}, ValueError, "d_model, nhead: got 32 and 5"),
         ({"mask_loss_weight": -1}, ValueError, "mask_loss_weight: got -1.0, expected a number of at least 0"),
         ({"gumbel_end_tau": 0}, ValueError, "gumbel_end_tau: got 0.0, expected a number above 0"),
+        ({"question_start": "USER:"}, TypeError, "question_start: got 'USER:', expected a sequence of token ids"),
+        ({"question_start": [1.0]}, TypeError, r"question_start: got \[1.0\], expected a sequence of token ids"),
+        ({"question_start": []}, ValueError, r"question_start: got \[\], expected at least one token id"),
+        ({"question_start": [3, -1]}, ValueError, r"question_start: got \[3, -1\], expected at least one token id"),
     ],
 )
 def test_bad_fields_are_refused(fields: dict[str, Any], error: type[Exception], message: str) -> None:

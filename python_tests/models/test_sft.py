@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ import pruneops
 from pruneops import models
 from pruneops.methods import DynamicLlava, PMoD, PyramidDrop
 from pruneops.methods.dynamic_llava import predictors_of
+from pruneops.models import checkpoints
 from pruneops.training import Collator, Conversation, LlavaDataset, encode, render
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -355,6 +357,24 @@ def test_a_checkpoint_of_dynamic_llava_is_not_trained_dense(
 
 
 # -- the example: any method ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pmod", "dynamic-llava"])
+def test_fields_that_are_not_asked_for_stay_as_the_checkpoint_has_them(name: str, script: Any, tmp_path: Path) -> None:
+    """In both layouts."""
+    sparse = {**original_layout.SPARSE, "sparse_layer": 3, "output_text_len_for_training": 3}
+    asked, changes = {"vision_keep_rate": 0.3}, {"dynamic": True, "sparse_config": sparse}
+    if name == "pmod":
+        asked, changes = {"weight_norm": "tanh_0.3_1"}, {}
+    original_layout.write_original(tmp_path / "original", **changes)
+    checkpoints.convert(tmp_path / "original", tmp_path / "hf")
+    for layout in ("original", "hf"):
+        methods = []
+        for fields in (None, json.dumps(asked)):
+            arguments = script.SftArguments(model=str(tmp_path / layout), data="", method=name, method_config=fields)
+            methods.append(script.load_model(arguments).pruning_run.method)
+        assert methods[1] == dataclasses.replace(methods[0], **asked)
+        assert methods[0].parity if name == "pmod" else methods[0].sparse_layer == 3
 
 
 def test_an_original_checkpoint_is_trained_as_it_is(script: Any, data: Path, tmp_path: Path) -> None:
