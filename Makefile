@@ -21,6 +21,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_EXAMPLES ?= 20000
 TRANSFORMERS ?= 5.16.0 5.23.0
+TRITON_OLD ?= 3.6.0
 DEMO_ARGS ?= --prompt "What is in this picture?" --prompt "What colour is the saucer?"
 
 BIN := $(VENV)/bin
@@ -31,6 +32,8 @@ STAMPS := $(VENV)/.stamps
 TORCH_STAMP := $(STAMPS)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 CMAKE_DIR = build/cmake-$(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+TRITON_TESTS := $(wildcard $(foreach f,selection compaction scatter_scaled routing attention policy_attention clustering merge_mean position_means opcheck,python_tests/test_$(f)*.py)) python_tests/triton_kernels
+TRITON_AHEAD := python_tests/triton_kernels/test_triton_ahead_of_time.py
 SANITIZE_TESTS := $(wildcard $(foreach f,malformed_calls selection compaction attention policy_attention scores,python_tests/test_$(f)*.py))
 BUILD_INPUTS := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml pruneops/_version.py
 
@@ -96,7 +99,7 @@ test: test-cpp  ## build and run the tests, C++ and Python (without those marked
 .PHONY: test-all
 test-all: test-cpp  ## everything: slow tests, long fuzzing, other instruction sets, transformers versions, sanitizers
 	PRUNEOPS_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(PY) -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
-	$(MAKE) test-isa test-transformers sanitize
+	$(MAKE) test-isa test-triton test-transformers sanitize
 
 # The model tests again on the oldest supported and the newest transformers, each unpacked beside the installed one.
 .PHONY: test-transformers
@@ -108,6 +111,22 @@ test-transformers: build  ## run the model tests on other versions of transforme
 	  PYTHONPATH=$$folder $(PY) -c "import transformers as t; assert t.__version__ == '$$version', t.__version__"; \
 	  PYTHONPATH=$$folder $(PY) -m pytest -q -n $(TEST_JOBS) -m "not slow" python_tests/models \
 	    python_tests/test_pyramiddrop_goldens.py python_tests/test_prunevid_goldens.py python_tests/test_cache.py python_tests/test_small_model.py; \
+	done
+
+# The op tests through Triton's interpreter, and every kernel in every configuration compiled for the GPUs of today; then
+# the same ops, and one configuration each, with the other versions of Triton, each unpacked beside the installed one.
+.PHONY: test-triton
+test-triton: build  ## test the Triton kernels, interpreted and compiled (TRITON_OLD="3.6.0": other versions, shorter)
+	TRITON_INTERPRET=1 PRUNEOPS_BACKEND=triton $(PY) -m pytest -q -n $(TEST_JOBS) -m "not slow" $(TRITON_TESTS) $(PYTEST_ARGS)
+	$(PY) -m pytest -q -n $(TEST_JOBS) $(TRITON_AHEAD) $(PYTEST_ARGS)
+	@for version in $(TRITON_OLD); do \
+	  folder=build/triton-$$version; \
+	  test -d $$folder || $(PIP) install -q --no-deps --target $$folder triton==$$version; \
+	  echo "--- triton $$version"; \
+	  export PYTHONPATH=$$folder; \
+	  $(PY) -c "import triton as t; assert t.__version__ == '$$version', t.__version__"; \
+	  TRITON_INTERPRET=1 PRUNEOPS_BACKEND=triton $(PY) -m pytest -q -n $(TEST_JOBS) python_tests/test_opcheck.py; \
+	  $(PY) -m pytest -q -n $(TEST_JOBS) $(TRITON_AHEAD) -k "odd_shapes or last_candidate"; \
 	done
 
 # `make test` covers the instruction set that is active on its own.

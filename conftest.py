@@ -1,4 +1,5 @@
-"""Leaves out what is marked `gpu` where no GPU can be used, by extending the marker expression.
+"""Leaves out what cannot run in this process, by extending the marker expression: `gpu` where no GPU can be used,
+`interpreted` where Triton was not told to interpret its kernels, and the compilation of kernels where it was.
 
 pytest then reports those tests as deselected. Where a GPU can be used they run, and fail if the CUDA library is
 missing: nothing about them is skipped. ``PRUNEOPS_GPU_REHEARSAL=1`` runs them on the CPU and its kernels instead,
@@ -14,7 +15,11 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if os.environ.get("PRUNEOPS_GPU_REHEARSAL") == "1" or torch.cuda.is_available():
-        return
+    left_out = []
+    if os.environ.get("PRUNEOPS_GPU_REHEARSAL") != "1" and not torch.cuda.is_available():
+        left_out.append("gpu")
+    interpreting = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
+    left_out.append("compiled" if interpreting else "interpreted")
     given = config.option.markexpr
-    config.option.markexpr = f"({given}) and not gpu" if given else "not gpu"
+    without = " and ".join(f"not {marker}" for marker in left_out)
+    config.option.markexpr = f"({given}) and {without}" if given else without

@@ -11,9 +11,25 @@ import torch
 
 import pruneops
 from bench import timing
-from pruneops import ops
+from pruneops import backends, ops
 
 Versus = Callable[..., None]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "triton: runs kernels in Triton")
+    config.addinivalue_line("markers", "rehearsed: of those in Triton, which a rehearsal runs, interpreted")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """GPU benchmarks ask for a ``backend`` by name and run once on each; those in Triton are marked.
+
+    A module whose ops have no compiled kernel for a GPU says so with ``BACKENDS``.
+    """
+    if "backend" in metafunc.fixturenames:
+        chosen = getattr(metafunc.module, "BACKENDS", (backends.NATIVE, backends.TRITON))
+        marks = {backends.TRITON: pytest.mark.triton}
+        metafunc.parametrize("backend", [pytest.param(name, marks=marks.get(name, ())) for name in chosen])
 
 
 @pytest.fixture

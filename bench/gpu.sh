@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Builds pruneops on a machine with an NVIDIA GPU, runs the GPU tests and the GPU benchmarks, and writes a report.
+# Builds pruneops on a machine with an NVIDIA GPU, runs the GPU tests and the GPU benchmarks of both backends that have
+# kernels for it, native (CUDA) and triton, and writes a report.
 set -uo pipefail
 
 usage() {
   cat <<'TEXT'
 usage: bash bench/gpu.sh DIR [--only build,test,bench]
 
-Needs an NVIDIA GPU, nvcc, cmake, ninja and a python3 with torch, pytest, pytest-benchmark, hypothesis, transformers
-and pybind11. Uses no network and installs nothing. Writes into DIR:
+Needs an NVIDIA GPU, nvcc, cmake, ninja and a python3 with torch, triton, pytest, pytest-benchmark, hypothesis,
+transformers and pybind11. Uses no network and installs nothing. Tests come first, then benchmarks, each with what
+matters most at the head, and compute-sanitizer last. Writes into DIR:
 
   summary.md      device, versions, commit, what passed, table of ratios
   bench.json      everything behind the table
@@ -20,10 +22,12 @@ every step passed, 1 if one failed, 2 for a wrong call, 3 on a machine that cann
 
   PYTHON                  the interpreter (python3)
   PRUNEOPS_STEP_SECONDS   limit of one step (450, at most 480)
+  PRUNEOPS_JOBS           processes that tests may use at a time (one a CPU; more than one a step takes pytest-xdist)
   PRUNEOPS_CUDA_ARCH_LIST what to compile for (the GPU of this machine)
   PRUNEOPS_CUTLASS_DIR    a folder with CUTLASS headers; no kernel uses them yet, the report names their version
   PRUNEOPS_COMMIT         the commit to report where there is no git repository
-  PRUNEOPS_GPU_REHEARSAL  1: run tests and benchmarks small, on the CPU, to try the scripts
+  PRUNEOPS_GPU_REHEARSAL  1: run tests and benchmarks small, on the CPU, to try the scripts; of those in Triton a few,
+                          interpreted
 TEXT
 }
 
@@ -62,6 +66,9 @@ limit="${PRUNEOPS_STEP_SECONDS:-450}"
 case "$limit" in
   '' | *[!0-9]*) wrong_call "PRUNEOPS_STEP_SECONDS must be a number of seconds, got $limit" ;;
 esac
+case "${PRUNEOPS_JOBS:-1}" in
+  '' | *[!0-9]* | 0) wrong_call "PRUNEOPS_JOBS must be a number of processes, got ${PRUNEOPS_JOBS:-}" ;;
+esac
 [ "$limit" -ge 1 ] && [ "$limit" -le 480 ] || wrong_call "PRUNEOPS_STEP_SECONDS must be between 1 and 480, got $limit"
 
 # ------------------------------------------------------------------ the machine
@@ -78,7 +85,7 @@ else
 import importlib.util
 import sys
 
-needed = ("torch", "pytest", "pytest_benchmark", "hypothesis", "transformers", "pybind11", "setuptools")
+needed = ("torch", "triton", "pytest", "pytest_benchmark", "hypothesis", "transformers", "pybind11", "setuptools")
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if missing:
     print(f"{sys.executable} has no {', '.join(missing)}")
@@ -118,13 +125,14 @@ dir="$(cd "$dir" && pwd)"
 state="$dir/state"
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-unset PRUNEOPS_BACKEND PRUNEOPS_LIBRARY
+unset PRUNEOPS_BACKEND PRUNEOPS_LIBRARY TRITON_INTERPRET
 # A step that passed is only trusted while nothing it depends on has changed.
 fingerprint="$({
   find csrc cmake pruneops python_tests bench -type f -not -path 'bench/results/*' -not -name '*.so' -not -name '*.pyc' \
     -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 cksum
   cksum CMakeLists.txt setup.py pyproject.toml conftest.py
   "$python" -c 'import torch; print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name())'
+  "$python" -c 'from importlib.metadata import version; print(version("triton"))'
   printf '%s\n' "$rehearsal"
 } | cksum | tr -s ' ' '-')"
 
@@ -135,7 +143,11 @@ for old in "$state"/*.status; do
 done
 
 failed=0
-child=""
+# The steps that are running: process, name, when it began in seconds and in nanoseconds.
+pids=()
+names=()
+starts=()
+begans=()
 
 report() {
   local log
@@ -147,7 +159,7 @@ report() {
 }
 
 interrupted() {
-  [ -n "$child" ] && kill "$child" 2>/dev/null
+  [ "${#pids[@]}" -gt 0 ] && kill "${pids[@]}" 2>/dev/null
   report
   printf 'gpu.sh: interrupted; %s has what was done\n' "$dir/summary.md" >&2
   exit 130
@@ -157,59 +169,124 @@ trap interrupted INT TERM
 status_of() { # STEP STATUS SECONDS BEGAN
   printf '{"step": "%s", "status": "%s", "seconds": %s, "began": %s, "fingerprint": "%s"}\n' \
     "$1" "$2" "$3" "$4" "$fingerprint" >"$state/$1.status"
-  printf '%-28s %s (%s s)\n' "$1" "$2" "$3"
+  printf '%-32s %s (%s s)\n' "$1" "$2" "$3"
 }
 
-step() { # STEP COMMAND...
-  local name="$1" began start rc status="failed"
-  shift
-  if grep -qs '"status": "passed"' "$state/$name.status"; then
-    printf '%-28s passed before\n' "$name"
-    return 0
-  fi
-  rm -f "$state/$name.status" "$state/$name.xml" "$state/$name.json"
-  began="$(date +%s%N)"
-  start="$SECONDS"
-  timeout --kill-after=10 "$limit" "$@" >"$state/$name.log" 2>&1 </dev/null &
-  child=$!
-  wait "$child"
-  rc=$?
-  child=""
-  case "$rc" in
+finish() { # INDEX EXIT-STATUS: writes down how a step that ran has ended
+  local name="${names[$1]}" status="failed"
+  case "$2" in
     0) status="passed" ;;
     124 | 137) status="timed out" ;;
   esac
   # The sanitizer needs access that some virtual machines do not give; that says nothing about the kernels.
-  if [[ "$name" == sanitize_* ]] && [ "$rc" -ne 0 ] && grep -q 'Device not supported' "$state/$name.log"; then
+  if [[ "$name" == sanitize_* ]] && [ "$2" -ne 0 ] && grep -q 'Device not supported' "$state/$name.log"; then
     status="not available"
   fi
-  status_of "$name" "$status" "$((SECONDS - start))" "$began"
+  status_of "$name" "$status" "$((SECONDS - starts[$1]))" "${begans[$1]}"
   if [ "$status" != "passed" ] && [ "$status" != "not available" ]; then
     failed=1
     tail -n 15 "$state/$name.log" | sed 's/^/    /'
   fi
+  pids=("${pids[@]:0:$1}" "${pids[@]:$1+1}")
+  names=("${names[@]:0:$1}" "${names[@]:$1+1}")
+  starts=("${starts[@]:0:$1}" "${starts[@]:$1+1}")
+  begans=("${begans[@]:0:$1}" "${begans[@]:$1+1}")
   report
 }
 
-pytest_step() { # STEP ARGUMENTS...
-  local name="$1"
-  shift
-  step "$name" "$python" -m pytest -m gpu -q -p no:cacheprovider --junitxml="$state/$name.xml" "$@"
-}
-
-names_of() { # PREFIX FOLDER/FILE-PREFIX: the steps of a folder of tests
-  local file name
-  for file in "$2"*.py; do
-    name="$(basename "$file" .py)"
-    printf '%s%s\n' "$1" "${name#"$(basename "$2")"}"
+room_for() { # COUNT: waits until fewer steps than that are running
+  local i
+  while [ "${#pids[@]}" -ge "$1" ]; do
+    for i in "${!pids[@]}"; do
+      if ! kill -0 "${pids[$i]}" 2>/dev/null; then
+        wait "${pids[$i]}"
+        finish "$i" "$?"
+        continue 2
+      fi
+    done
+    sleep 0.2
   done
 }
+
+start() { # STEP COMMAND...
+  local name="$1"
+  shift
+  if grep -qs '"status": "passed"' "$state/$name.status"; then
+    printf '%-32s passed before\n' "$name"
+    return 0
+  fi
+  rm -f "$state/$name.status" "$state/$name.xml" "$state/$name.json"
+  begans+=("$(date +%s%N)")
+  starts+=("$SECONDS")
+  names+=("$name")
+  timeout --kill-after=10 "$limit" "$@" >"$state/$name.log" 2>&1 </dev/null &
+  pids+=("$!")
+}
+
+step() { # STEP COMMAND...: alone
+  room_for 1
+  start "$@"
+  room_for 1
+}
+
+# Tests run several steps at a time and each step in several processes: most of their time goes into oracles on the CPU
+# and into compiling. A step is a process of its own, so a kernel that breaks its context breaks that step only.
+jobs="${PRUNEOPS_JOBS:-$(nproc)}"
+[ "$rehearsal" = 1 ] && jobs="${PRUNEOPS_JOBS:-1}"
+steps_at_once="$((jobs < 4 ? 1 : jobs < 16 ? jobs / 4 : 4))"
+workers="$((jobs / steps_at_once))"
+parallel=(-p no:benchmark)
+if [ "$workers" -gt 1 ] && [ "$("$python" -c 'import importlib.util as u; print(u.find_spec("xdist") is not None)')" = True ]; then
+  parallel+=(-n "$workers")
+fi
+
+pytest_of() { # BACKEND STEP ARGUMENTS...: the command of a step of tests or benchmarks
+  local marked="gpu and not triton" interpreter=()
+  if [ "$1" = triton ]; then
+    marked="gpu and triton"
+    [ "$rehearsal" = 1 ] && marked="gpu and triton and rehearsed" interpreter=(TRITON_INTERPRET=1)
+  fi
+  command=(env "${interpreter[@]}" "$python" -m pytest -m "$marked" -q -p no:cacheprovider)
+  command+=(--junitxml="$state/$2.xml" "${@:3}")
+}
+
+suites() { # FOLDER/FILE-PREFIX NAME...: all suites of a folder, those named here first
+  local prefix="$1" file name
+  shift
+  for name in "$@"; do
+    [ -f "$prefix$name.py" ] && printf '%s\n' "$name"
+  done
+  for file in "$prefix"*.py; do
+    name="$(basename "$file" .py)"
+    name="${name#"$(basename "$prefix")"}"
+    case " $* " in *" $name "*) ;; *) printf '%s\n' "$name" ;; esac
+  done
+}
+
+backends_of() { # SUITE
+  case "$1" in
+    attention | agreement) echo triton ;; # the ops of the first have no CUDA kernel; the second compares with CUDA
+    *) echo native triton ;;
+  esac
+}
+
+steps_of() { # KIND SUITE...
+  local suite backend
+  for suite in "${@:2}"; do
+    for backend in $(backends_of "$suite"); do printf '%s\n' "$1_${suite}_$backend"; done
+  done
+}
+
+mapfile -t tests < <(suites python_tests/gpu/test_gpu_ short attention selection compaction scores agreement decoder \
+  async policy routing clustering position_means)
+mapfile -t benches < <(suites bench/test_bench_gpu_ attention selection compaction scores clustering)
 
 # What this call is going to do, so that a report of a run that was cut off shows what is missing.
 {
   wants build && echo build
-  wants test && names_of test_ python_tests/gpu/test_gpu_ && printf '%s\n' sanitize_memcheck sanitize_racecheck
-  wants bench && names_of bench_ bench/test_bench_gpu_
+  wants test && steps_of test "${tests[@]}"
+  wants bench && steps_of bench "${benches[@]}"
+  wants test && printf '%s\n' sanitize_memcheck sanitize_racecheck sanitize_memcheck_triton
 } >"$state/plan"
 "$python" -m bench.gpu_report environment "$state/environment.json" || failed=1
 
@@ -226,29 +303,51 @@ print(f"{major}{minor}" + ("a" if major >= 9 else ""))')"
 fi
 
 if wants test; then
-  for name in $(names_of test_ python_tests/gpu/test_gpu_); do
-    pytest_step "$name" "python_tests/gpu/test_gpu_${name#test_}.py"
+  threads=()
+  [ -n "${OMP_NUM_THREADS:-}" ] || threads=(OMP_NUM_THREADS="$(($(nproc) / jobs > 1 ? $(nproc) / jobs : 1))")
+  for suite in "${tests[@]}"; do
+    for backend in $(backends_of "$suite"); do
+      room_for "$steps_at_once"
+      pytest_of "$backend" "test_${suite}_$backend" "${parallel[@]}" "python_tests/gpu/test_gpu_$suite.py"
+      start "test_${suite}_$backend" env "${threads[@]}" "${command[@]}"
+    done
   done
-  sanitizer="$(command -v compute-sanitizer || true)"
-  [ -z "$sanitizer" ] && [ -x /usr/local/cuda/bin/compute-sanitizer ] && sanitizer=/usr/local/cuda/bin/compute-sanitizer
-  for tool in memcheck racecheck; do
-    if [ -z "$sanitizer" ] || [ "$rehearsal" = 1 ]; then
-      status_of "sanitize_$tool" "not available" 0 "$(date +%s%N)"
-      continue
-    fi
-    # Without torch's cache every tensor is an allocation of its own, so that a step past its end is seen.
-    step "sanitize_$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 99 \
-      --report-api-errors no --kernel-regex kns=pruneops \
-      "$python" -m pytest -m gpu -q -p no:cacheprovider --junitxml="$state/sanitize_$tool.xml" \
-      python_tests/gpu/test_gpu_short.py
-  done
+  room_for 1
 fi
 
 if wants bench; then
-  for name in $(names_of bench_ bench/test_bench_gpu_); do
-    pytest_step "$name" "bench/test_bench_gpu_${name#bench_}.py" \
-      --benchmark-json="$state/$name.json" --benchmark-disable-gc --benchmark-columns=median
+  for suite in "${benches[@]}"; do
+    for backend in $(backends_of "$suite"); do
+      name="bench_${suite}_$backend"
+      pytest_of "$backend" "$name" "bench/test_bench_gpu_$suite.py" \
+        --benchmark-json="$state/$name.json" --benchmark-disable-gc --benchmark-columns=median
+      step "$name" "${command[@]}"
+    done
   done
+fi
+
+sanitize() { # STEP TOOL BACKEND ARGUMENTS...
+  if [ -z "$sanitizer" ] || [ "$rehearsal" = 1 ]; then
+    status_of "$1" "not available" 0 "$(date +%s%N)"
+    return
+  fi
+  pytest_of "$3" "$1" "${@:4}"
+  # Only the kernels of pruneops where their names tell; those in Triton have no namespace.
+  local checked=()
+  [ "$3" = native ] && checked=(--kernel-regex kns=pruneops)
+  # Without torch's cache every tensor is an allocation of its own, so that a step past its end is seen.
+  start "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$2" --error-exitcode 99 --report-api-errors no \
+    "${checked[@]}" "${command[@]}"
+}
+
+if wants test; then
+  sanitizer="$(command -v compute-sanitizer || true)"
+  [ -z "$sanitizer" ] && [ -x /usr/local/cuda/bin/compute-sanitizer ] && sanitizer=/usr/local/cuda/bin/compute-sanitizer
+  short=python_tests/gpu/test_gpu_short.py
+  sanitize sanitize_memcheck memcheck native "$short"
+  sanitize sanitize_racecheck racecheck native "$short"
+  sanitize sanitize_memcheck_triton memcheck triton "$short" python_tests/gpu/test_gpu_attention.py -k short
+  room_for 1
 fi
 
 report

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bench import gpu_timing as timing
-from bench.gpu_timing import DEVICE, REHEARSAL, Call
+from bench.gpu_timing import DEVICE, INTERPRETING, REHEARSAL, Call
 from bench.timing import check
 from bench.workloads import Workload
 from pruneops import backends
 
+# A rehearsal divides lengths by this; what Triton interprets has to be smaller still.
+SHRINK = 256 if INTERPRETING else 16
+
 
 def sized(work: Workload) -> Workload:
-    """The workload itself; in a rehearsal a sixteenth of it."""
+    """The workload itself; in a rehearsal a small part of it."""
     if not REHEARSAL:
         return work
-    heads = 4 if work.heads == work.kv_heads else work.heads // work.kv_heads
+    most = 2 if INTERPRETING else 4
+    grouped = work.heads != work.kv_heads
     return replace(
         work,
-        seqlens=tuple(max(2, n // 16) for n in work.seqlens[:16]),
-        visual=work.visual // 16,
+        seqlens=tuple(max(2, n // SHRINK) for n in work.seqlens[: most**2]),
+        visual=max(2, work.visual // SHRINK),
         hidden=64,
-        heads=heads,
-        kv_heads=4 if heads == 4 else 1,
+        heads=work.heads // work.kv_heads if grouped else most,
+        kv_heads=1 if grouped else most,
         head_dim=32,
     )
 
 
 def smaller(n: int) -> int:
-    """A number of rows; in a rehearsal a sixty-fourth of it."""
-    return max(4, n // 64) if REHEARSAL else n
+    """A number of rows; in a rehearsal a small part of it."""
+    return max(8, n // (4 * SHRINK)) if REHEARSAL else n
+
+
+def first_rehearsed(values: Iterable[Any]) -> list[Any]:
+    """The values of a parametrised benchmark, the first of which is also rehearsed under Triton's interpreter."""
+    first, *others = values
+    return [pytest.param(first, marks=pytest.mark.rehearsed), *others]
 
 
 def bytes_of(*values: Any) -> int:
@@ -54,6 +65,7 @@ def rotated(make: Callable[[torch.Generator], Any]) -> list[Any]:
 
 def versus(
     benchmark: Any,
+    backend: str,
     inputs: Sequence[Any],
     ours: Callable[[Any], Any],
     peer: Callable[[Any], Any],
@@ -65,20 +77,22 @@ def versus(
     bytes_moved: int | None = None,
     flops: int | None = None,
     same: Callable[[Any, Any], None] = check,
+    gradients: bool = False,
     target_ratio: float | None = None,
     target_us: float | None = None,
     target_of_copy: float | None = None,
 ) -> None:
-    """Compares ``ours(x)`` with ``peer(x)`` over the rotating ``inputs`` and writes the result into the JSON.
+    """Compares ``ours(x)`` on a backend with ``peer(x)`` over the rotating ``inputs``; the result goes into the JSON.
 
     ``same`` compares the results before anything is timed. ``bytes_moved`` or ``flops`` of one call turn the time
-    in a graph into a rate beside the ceiling. Targets are recorded, and missing one fails nothing.
+    in a graph into a rate beside the ceiling. ``gradients`` leaves autograd on. Targets are recorded, and missing one
+    fails nothing.
     """
 
     def bound(function: Callable[[Any], Any]) -> list[Call]:
         return [lambda x=x: function(x) for x in inputs]
 
-    with backends.use(backends.NATIVE), torch.inference_mode():
+    with backends.use(backend), torch.inference_mode(not gradients):
         for x in inputs[: timing.MIN_SETS]:
             same(ours(x), peer(x))
         results = timing.compare(bound(ours), bound(peer))
@@ -88,6 +102,7 @@ def versus(
         info.update(graph.as_dict())
         info.update(
             op=op,
+            backend=backend,
             workload=workload,
             peer=peer_name,
             dtype=str(dtype).removeprefix("torch."),
@@ -110,4 +125,4 @@ def versus(
             ours(inputs[0])
             timing.synchronise()
 
-        benchmark.pedantic(once, rounds=3, iterations=1)
+        benchmark.pedantic(once, rounds=1 if REHEARSAL else 3, iterations=1)

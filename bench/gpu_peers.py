@@ -4,15 +4,22 @@ not depend on the scores (offsets, masks, places of the result) is made before t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.gpu_timing import DEVICE
+from bench import peers
+from bench.gpu_timing import DEVICE, REHEARSAL
 
 
 @dataclass(frozen=True)
@@ -158,3 +165,53 @@ def index_add_mean(x: Tensor, slots: Tensor, clusters: int) -> tuple[Tensor, Ten
     ones = torch.ones_like(slots, dtype=torch.float32)
     counts = x.new_zeros(clusters, dtype=torch.float32).index_add_(0, slots, ones)
     return (sums / counts.clamp(min=1)[:, None]).to(x.dtype), counts
+
+
+# ---------------------------------------------------------------------- attention
+
+
+@contextmanager
+def sdpa_by(backend: SDPBackend, call: Callable[[], Any]) -> Iterator[None]:
+    """scaled_dot_product_attention by one implementation of torch; skips the benchmark where it refuses the call.
+
+    A rehearsal on the CPU takes the one that is there.
+    """
+    if REHEARSAL:
+        yield
+        return
+    with sdpa_kernel(backend):
+        try:
+            call()
+        except RuntimeError as error:
+            pytest.skip(f"torch has no {backend.name} for this: {str(error).splitlines()[0]}")
+        yield
+
+
+@lru_cache(maxsize=1)
+def _varlen_options() -> dict[str, Any]:
+    """How torch's ragged attention is told to be causal, which changed between versions, and to group heads."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    # Where there is no such option, heads are grouped as they come.
+    return {**options, "enable_gqa": True} if "enable_gqa" in known else options
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, seqlens: Sequence[int]) -> Tensor:
+    """torch's own ragged attention, causal, on ``[total, H, D]``; its FlashAttention-2 unless another was activated.
+
+    A rehearsal runs one dense call a segment: torch has no ragged attention on the CPU.
+    """
+    if REHEARSAL:
+        parts = zip(*([peers.head_major(part) for part in x.split(list(seqlens))] for x in (q, k, v)), strict=True)
+        return torch.cat([out[0].transpose(0, 1) for out in peers.sdpa_loop(list(parts))])
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = max(seqlens)
+    return varlen_attn(q, k, v, boundaries, boundaries, longest, longest, **_varlen_options())
+
+
+def dense(x: Tensor, batch: int) -> Tensor:
+    """``[total, H, D]`` of equal segments to contiguous ``[B, H, L, D]``."""
+    return x.view(batch, -1, *x.shape[1:]).transpose(1, 2).contiguous()

@@ -15,9 +15,12 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+BACKENDS = ("native", "triton")
 MODULES = ("torch", "triton", "transformers", "numpy", "pytest", "pytest_benchmark", "hypothesis")
 
 
@@ -118,8 +121,10 @@ def collect(state: Path) -> dict[str, Any]:
     planned = plan.read_text().split() if plan.is_file() else []
     ran = {step["step"] for step in steps}
     steps += [{"step": name, "status": "not run"} for name in planned if name not in ran]
+    # What is planned first comes first in the table as well.
+    places = {name: i for i, name in enumerate(planned)}
     benchmarks = []
-    for path in sorted(state.glob("bench_*.json")):
+    for path in sorted(state.glob("bench_*.json"), key=lambda path: (places.get(path.stem, len(places)), path.stem)):
         benchmarks += (read_json(path) or {}).get("benchmarks", [])
     return {"environment": read_json(state / "environment.json") or {}, "steps": steps, "benchmarks": benchmarks}
 
@@ -152,24 +157,69 @@ def target_verdicts(info: dict[str, Any]) -> list[tuple[str, bool]]:
     return verdicts
 
 
-def _bench_row(info: dict[str, Any]) -> str:
-    rate = f"{info['rate']:.0f} {info['rate_unit']} ({info['of_ceiling']:.0%})" if "rate" in info else "-"
-    eager = info.get("eager") or {}
-    marks = "".join("met " if met else "MISSED " for _, met in target_verdicts(info)).strip()
-    cells = (
-        f"`{info['op']}`",
-        info["workload"],
-        info["dtype"],
-        info["peer"],
-        _us(info["ours_ms"]),
-        _us(info["peer_ms"]),
-        _ratio(info),
-        f"{_us(eager['ours_ms'])} / {_us(eager['peer_ms'])}: {eager['ratio']:.2f}" if eager else "-",
-        rate,
-        f"{info.get('spread', 0):.0%}",
-        marks or "-",
-    )
+@dataclass
+class Case:
+    """What was timed of one op, workload and peer, by backend."""
+
+    sides: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def any(self) -> dict[str, Any]:
+        return next(iter(self.sides.values()))
+
+
+def cases(infos: list[dict[str, Any]]) -> list[Case]:
+    """One for each row of the table, in the order of their first measurement."""
+    found: dict[tuple[str, ...], Case] = {}
+    for info in infos:
+        key = info["op"], info["workload"], info["dtype"], info["peer"]
+        found.setdefault(key, Case()).sides[info["backend"]] = info
+    return list(found.values())
+
+
+def _on_each(case: Case, cell: Callable[[dict[str, Any]], str]) -> str:
+    """What a cell says of each backend, a dash where nothing was timed or there is nothing to say."""
+    return " / ".join(cell(case.sides[name]) if name in case.sides else "-" for name in BACKENDS)
+
+
+def _rate(info: dict[str, Any]) -> str:
+    return f"{info['rate']:.0f} {info['rate_unit']} ({info['of_ceiling']:.0%})" if "rate" in info else "-"
+
+
+def _eager(info: dict[str, Any]) -> str:
+    eager = info.get("eager")
+    return f"{_us(eager['ours_ms'])}: {eager['ratio']:.2f}" if eager else "-"
+
+
+def _marks(info: dict[str, Any]) -> str:
+    return " ".join("met" if met else "MISSED" for _, met in target_verdicts(info)) or "-"
+
+
+def _bench_row(case: Case) -> str:
+    info = case.any
+    cells = [f"`{info['op']}`", info["workload"], info["dtype"], info["peer"], _us(info["peer_ms"])]
+    for name in BACKENDS:
+        side = case.sides.get(name)
+        cells += [_us(side["ours_ms"]), _ratio(side)] if side else ["-", "-"]
+    cells += [_on_each(case, cell) for cell in (_eager, _rate, lambda side: f"{side.get('spread', 0):.0%}", _marks)]
     return "| " + " | ".join(cells) + " |"
+
+
+def _totals(infos: list[dict[str, Any]]) -> list[str]:
+    """Targets met and missed, backend by backend."""
+    lines = []
+    for name in BACKENDS:
+        verdicts = [(info, *verdict) for info in infos if info["backend"] == name for verdict in target_verdicts(info)]
+        if not verdicts:
+            continue
+        missed = [(info, text) for info, text, met in verdicts if not met]
+        lines += [f"Targets met by {name}: {len(verdicts) - len(missed)} of {len(verdicts)}.", ""]
+        lines += [
+            f"- missed: `{info['op']}`, {info['workload']}, {info['dtype']}, against {info['peer']}: {text}"
+            for info, text in missed
+        ]
+        lines += [""] if missed else []
+    return lines
 
 
 def _step_row(step: dict[str, Any]) -> str:
@@ -219,9 +269,10 @@ def verdict(steps: list[dict[str, Any]]) -> str:
 HOW_TO_READ = """\
 Times are microseconds per call, medians of alternating rounds in one process; buffers rotate. The main columns are
 replays of a CUDA graph; eager times include the host's cost of a launch. A ratio is peer time over pruneops time
-(above 1: pruneops is faster), with the lowest and highest ratio of a single round behind it. The spread is that of
-pruneops' own rounds: differences below it are noise. A rate counts the bytes or operations that the result needs, and
-the percentage is of the ceiling measured in the same process."""
+(above 1: pruneops is faster), with the lowest and highest ratio of a single round behind it. Each backend was timed in
+turn with the peer, and its ratio is to the peer's time in those rounds; the peer's column shows one of them. The spread
+is that of pruneops' own rounds: differences below it are noise. A rate counts the bytes or operations that the result
+needs, and the percentage is of the ceiling measured in the same process. Cells with a slash: native / triton."""
 
 
 def markdown(run: dict[str, Any]) -> str:
@@ -251,20 +302,13 @@ def markdown(run: dict[str, Any]) -> str:
         "",
         HOW_TO_READ,
         "",
-        "| op | workload | dtype | peer | us | peer us | ratio | eager us: ratio | rate | spread | targets |",
-        "|---|---|---|---|---:|---:|---|---|---|---:|---|",
-        *map(_bench_row, infos),
+        "| op | workload | dtype | peer | peer us | native us | native ratio | triton us | triton ratio "
+        "| eager us: ratio | rate | spread | targets |",
+        "|---|---|---|---|---:|---:|---|---:|---|---|---|---|---|",
+        *map(_bench_row, cases(infos)),
         "",
+        *_totals(infos),
     ]
-    verdicts = [(info, text, met) for info in infos for text, met in target_verdicts(info)]
-    if verdicts:
-        missed = [(info, text) for info, text, met in verdicts if not met]
-        lines += [f"Targets met: {len(verdicts) - len(missed)} of {len(verdicts)}.", ""]
-        lines += [
-            f"- missed: `{info['op']}`, {info['workload']}, {info['dtype']}, against {info['peer']}: {text}"
-            for info, text in missed
-        ]
-        lines += [""] if missed else []
     return "\n".join(lines)
 
 

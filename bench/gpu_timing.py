@@ -7,7 +7,8 @@ not stay in the L2 cache where their total allows that. The result is the median
 replays is itself a median. Ceilings (copy bandwidth, matrix products, the cost of a launch) are measured in the
 same run.
 
-With ``PRUNEOPS_GPU_REHEARSAL=1`` everything runs on the CPU, small: that tries the code and measures nothing.
+With ``PRUNEOPS_GPU_REHEARSAL=1`` everything runs on the CPU, small: that tries the code and measures nothing. Kernels
+in Triton need ``TRITON_INTERPRET=1`` there as well, and are called a few times only.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ Call = Callable[[], object]
 Round = Callable[[], float]
 
 REHEARSAL = os.environ.get("PRUNEOPS_GPU_REHEARSAL") == "1"
+INTERPRETING = REHEARSAL and os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
 
-ROUNDS = 2 if REHEARSAL else 9
+ROUNDS = 1 if INTERPRETING else 2 if REHEARSAL else 9
 ROUND_MS = 0.1 if REHEARSAL else 20.0
-MIN_SETS, MAX_SETS = 4, 48
-CALLS_PER_GRAPH = 16
+MIN_SETS, MAX_SETS = (1, 1) if INTERPRETING else (4, 48)
+CALLS_PER_GRAPH = 1 if INTERPRETING else 16
+MIN_REPEATS = 1 if INTERPRETING else 3
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def sets_needed(bytes_per_set: int, cache_bytes: int) -> int:
 
 
 def repeats_for(ms_per_call: float, round_ms: float = ROUND_MS, most: int = 2000) -> int:
-    return max(3, min(most, int(round_ms / max(ms_per_call, 1e-6))))
+    return max(MIN_REPEATS, min(most, int(round_ms / max(ms_per_call, 1e-6))))
 
 
 def cache_bytes() -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import gpu_peers
-from bench.gpu_compare import rotated, smaller, versus
+from bench.gpu_compare import first_rehearsed, rotated, smaller, versus
 from bench.gpu_timing import DEVICE, REHEARSAL
 from bench.timing import check
 from pruneops import ops
@@ -57,7 +57,7 @@ def ratio_wanted(size: str, dtype: torch.dtype) -> float | None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_dpc_knn(benchmark: Any, size: str, dtype: torch.dtype) -> None:
+def test_dpc_knn(benchmark: Any, backend: str, size: str, dtype: torch.dtype) -> None:
     """Half as many clusters as rows, as PruneVid merges the tokens of a frame."""
     batch, length, channels = sized(size)
     clusters = length // 2
@@ -70,6 +70,7 @@ def test_dpc_knn(benchmark: Any, size: str, dtype: torch.dtype) -> None:
     counts = torch.full((batch,), clusters, dtype=torch.int32, device=DEVICE)
     versus(
         benchmark,
+        backend,
         rotated(make),
         lambda x: ops.dpc_knn(
             x[0], cu_seqlens, counts, k=NEIGHBOURS, noise=x[1], max_seqlen=length, capacity=batch * clusters
@@ -86,8 +87,8 @@ def test_dpc_knn(benchmark: Any, size: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES)
-def test_merge_mean(benchmark: Any, size: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", first_rehearsed(SIZES))
+def test_merge_mean(benchmark: Any, backend: str, size: str, dtype: torch.dtype) -> None:
     """Rows of each segment spread over half as many clusters."""
     batch, length, channels = sized(size)
     clusters = length // 2
@@ -102,6 +103,7 @@ def test_merge_mean(benchmark: Any, size: str, dtype: torch.dtype) -> None:
 
     versus(
         benchmark,
+        backend,
         rotated(make),
         lambda x: ops.merge_mean(x[0], x[1], cu_seqlens, counts, capacity=batch * clusters),
         lambda x: gpu_peers.index_add_mean(x[0], x[2], batch * clusters),

@@ -36,7 +36,7 @@ def rows_and_indices(total: int, keep: int) -> list[Any]:
 
 @pytest.mark.parametrize("peer", ["index_select", "gather", "x[indices]"])
 @pytest.mark.parametrize("size", SIZES)
-def test_gather_rows(benchmark: Any, size: str, peer: str) -> None:
+def test_gather_rows(benchmark: Any, backend: str, size: str, peer: str) -> None:
     total, keep = (smaller(n) for n in SIZES[size])
     calls = {
         "index_select": lambda x: x[0].index_select(0, x[2]),
@@ -46,6 +46,7 @@ def test_gather_rows(benchmark: Any, size: str, peer: str) -> None:
     strong = size == "64MB" and peer == "index_select"
     versus(
         benchmark,
+        backend,
         rows_and_indices(total, keep),
         lambda x: ops.gather_rows(x[0], x[1]),
         calls[peer],
@@ -59,7 +60,8 @@ def test_gather_rows(benchmark: Any, size: str, peer: str) -> None:
     )
 
 
-def test_gather_rows_of_many_tensors(benchmark: Any) -> None:
+@pytest.mark.rehearsed
+def test_gather_rows_of_many_tensors(benchmark: Any, backend: str) -> None:
     """Hidden states, positions and labels of one pruning stage in one call."""
     total, keep = (smaller(n) for n in SIZES["llava_next_7b"])
     hidden = smaller(HIDDEN)
@@ -71,6 +73,7 @@ def test_gather_rows_of_many_tensors(benchmark: Any) -> None:
 
     versus(
         benchmark,
+        backend,
         rotated(make),
         lambda x: ops.gather_rows(x[0], x[1]),
         lambda x: gpu_peers.index_select_chain(x[0], x[2]),
@@ -83,11 +86,12 @@ def test_gather_rows_of_many_tensors(benchmark: Any) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_scatter_rows(benchmark: Any, size: str) -> None:
+def test_scatter_rows(benchmark: Any, backend: str, size: str) -> None:
     """The backward pass of a gather: every row of the result is written, most of them with zeros."""
     total, keep = (smaller(n) for n in SIZES[size])
     versus(
         benchmark,
+        backend,
         [(x[:keep].clone(), narrow, wide) for x, narrow, wide in rows_and_indices(total, keep)],
         lambda x: ops.scatter_rows(x[0], x[1], total),
         lambda x: gpu_peers.index_copy(x[0], x[2], total),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench import peers
-from bench.gpu_compare import rotated, smaller, versus
+from bench.gpu_compare import first_rehearsed, rotated, smaller, versus
 from bench.gpu_timing import DEVICE
 from bench.timing import check
 from pruneops import ops
@@ -33,10 +33,11 @@ def layer(total: int, generator: torch.Generator) -> list[Tensor]:
 
 @pytest.mark.parametrize("peer", CHAINS)
 @pytest.mark.parametrize("size", SIZES)
-def test_scatter_scaled(benchmark: Any, size: str, peer: str) -> None:
+def test_scatter_scaled(benchmark: Any, backend: str, size: str, peer: str) -> None:
     total, hidden = smaller(SIZES[size]), smaller(HIDDEN)
     versus(
         benchmark,
+        backend,
         rotated(lambda generator: layer(total, generator)),
         lambda x: ops.scatter_scaled(*x[:5]),
         lambda x: CHAINS[peer](*x[:4], x[5]),
@@ -49,8 +50,8 @@ def test_scatter_scaled(benchmark: Any, size: str, peer: str) -> None:
     )
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_router_weights(benchmark: Any, size: str) -> None:
+@pytest.mark.parametrize("size", first_rehearsed(SIZES))
+def test_router_weights(benchmark: Any, backend: str, size: str) -> None:
     total, hidden = smaller(SIZES[size]), smaller(HIDDEN)
 
     def make(generator: torch.Generator) -> list[Tensor]:
@@ -66,6 +67,7 @@ def test_router_weights(benchmark: Any, size: str) -> None:
 
     versus(
         benchmark,
+        backend,
         rotated(make),
         lambda x: ops.router_weights(*x[:3], target=x[3], scale=0.2, shift=1.0),
         lambda x: peers.tanh_router(*x),

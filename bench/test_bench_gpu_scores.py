@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import gpu_peers, workloads
-from bench.gpu_compare import rotated, sized, versus
+from bench.gpu_compare import first_rehearsed, rotated, sized, versus
 from bench.gpu_timing import DEVICE
 from bench.timing import check
 from bench.workloads import Workload
@@ -39,13 +39,14 @@ def keys(work: Workload, rows: int, dtype: torch.dtype) -> list[Any]:
 @pytest.mark.parametrize(
     "model", [workloads.llava15_7b, workloads.llava_next_7b, workloads.onevision_7b_32f, workloads.pllava_16f]
 )
-def test_last_query_scores(benchmark: Any, model: Any, dtype: torch.dtype) -> None:
+def test_last_query_scores(benchmark: Any, backend: str, model: Any, dtype: torch.dtype) -> None:
     """PyramidDrop's ranking: one query row against all keys, mean over heads."""
     work = sized(model())
     cu_q = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
     cu_k = work.cu_seqlens().to(DEVICE)
     versus(
         benchmark,
+        backend,
         keys(work, 1, dtype),
         lambda x: ops.last_query_scores(x[0], x[1], cu_q, cu_k),
         lambda x: gpu_peers.last_query_mean(x[2], x[3]),
@@ -59,8 +60,8 @@ def test_last_query_scores(benchmark: Any, model: Any, dtype: torch.dtype) -> No
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_last_query_scores_of_a_ragged_batch(benchmark: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", first_rehearsed(DTYPES), ids=str)
+def test_last_query_scores_of_a_ragged_batch(benchmark: Any, backend: str, dtype: torch.dtype) -> None:
     """One query row a segment; the eager chain loops over the segments."""
     work = sized(workloads.ragged8())
     cu_q = torch.arange(work.batch + 1, dtype=torch.int32, device=DEVICE)
@@ -71,6 +72,7 @@ def test_last_query_scores_of_a_ragged_batch(benchmark: Any, dtype: torch.dtype)
     ]
     versus(
         benchmark,
+        backend,
         inputs,
         lambda x: ops.last_query_scores(x[0], x[1], cu_q, cu_k),
         lambda x: torch.cat([gpu_peers.last_query_mean(a, b) for a, b in zip(x[2], x[3], strict=True)]),
@@ -87,7 +89,7 @@ def test_last_query_scores_of_a_ragged_batch(benchmark: Any, dtype: torch.dtype)
 @pytest.mark.parametrize("with_lse", [True, False], ids=["lse_given", "lse_computed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model", [workloads.llava15_7b, workloads.llava_next_7b])
-def test_column_scores(benchmark: Any, model: Any, dtype: torch.dtype, with_lse: bool) -> None:
+def test_column_scores(benchmark: Any, backend: str, model: Any, dtype: torch.dtype, with_lse: bool) -> None:
     """What every key receives, with the log-sum-exp of the forward pass at hand and without it."""
     work = sized(model())
     length = work.total
@@ -101,6 +103,7 @@ def test_column_scores(benchmark: Any, model: Any, dtype: torch.dtype, with_lse:
         inputs.append((q, k, q_heads, k_heads, lse))
     versus(
         benchmark,
+        backend,
         inputs,
         lambda x: ops.column_scores(
             x[0], x[1], cu_seqlens, cu_seqlens, length, length,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import gpu_peers, workloads
-from bench.gpu_compare import rotated, sized, smaller, versus
+from bench.gpu_compare import first_rehearsed, rotated, sized, smaller, versus
 from bench.gpu_timing import DEVICE
 from bench.workloads import Workload
 from pruneops import ops
@@ -40,14 +40,15 @@ def counts_on_device(counts: list[int]) -> torch.Tensor:
     return torch.tensor(counts, dtype=torch.int32, device=DEVICE)
 
 
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_segment_topk_of_one_image(benchmark: Any, model: Any) -> None:
+@pytest.mark.parametrize("model", first_rehearsed(MODELS.values()), ids=MODELS)
+def test_segment_topk_of_one_image(benchmark: Any, backend: str, model: Any) -> None:
     work = sized(model())
     length, keep = work.visual, work.visual // 2
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=DEVICE)
     counts = counts_on_device([keep])
     versus(
         benchmark,
+        backend,
         rotated(lambda generator: scores_of(length, generator)),
         lambda scores: ops.segment_topk(scores, cu_seqlens, counts, capacity=keep),
         gpu_peers.EqualRows(1, length, keep),
@@ -60,7 +61,7 @@ def test_segment_topk_of_one_image(benchmark: Any, model: Any) -> None:
 
 
 @pytest.mark.parametrize("length", [16_384, 32_768, 131_072])
-def test_segment_topk_of_one_long_segment(benchmark: Any, length: int) -> None:
+def test_segment_topk_of_one_long_segment(benchmark: Any, backend: str, length: int) -> None:
     """The first on one multiprocessor, the others shared by several."""
     length = smaller(length)
     keep = length // 2
@@ -68,6 +69,7 @@ def test_segment_topk_of_one_long_segment(benchmark: Any, length: int) -> None:
     counts = counts_on_device([keep])
     versus(
         benchmark,
+        backend,
         rotated(lambda generator: scores_of(length, generator)),
         lambda scores: ops.segment_topk(scores, cu_seqlens, counts, capacity=keep),
         gpu_peers.EqualRows(1, length, keep),
@@ -78,12 +80,13 @@ def test_segment_topk_of_one_long_segment(benchmark: Any, length: int) -> None:
 
 
 @pytest.mark.parametrize("make", RAGGED.values(), ids=RAGGED)
-def test_segment_topk_of_a_ragged_batch(benchmark: Any, make: Any) -> None:
+def test_segment_topk_of_a_ragged_batch(benchmark: Any, backend: str, make: Any) -> None:
     work = sized(make())
     keep = [n // 2 for n in work.seqlens]
     cu_seqlens, counts = work.cu_seqlens().to(DEVICE), counts_on_device(keep)
     versus(
         benchmark,
+        backend,
         rotated(lambda generator: scores_of(work.total, generator)),
         lambda scores: ops.segment_topk(scores, cu_seqlens, counts, capacity=sum(keep)),
         gpu_peers.RaggedRows(work.seqlens, keep),
@@ -95,11 +98,12 @@ def test_segment_topk_of_a_ragged_batch(benchmark: Any, make: Any) -> None:
     )
 
 
-def test_segment_threshold_of_a_ragged_batch(benchmark: Any) -> None:
+def test_segment_threshold_of_a_ragged_batch(benchmark: Any, backend: str) -> None:
     work = sized(workloads.ragged8())
     cu_seqlens = work.cu_seqlens().to(DEVICE)
     versus(
         benchmark,
+        backend,
         rotated(lambda generator: scores_of(work.total, generator)),
         lambda scores: ops.segment_threshold(scores, cu_seqlens, 0.5, capacity=work.total),
         gpu_peers.Threshold(work.total, cu_seqlens, 0.5),
@@ -109,8 +113,8 @@ def test_segment_threshold_of_a_ragged_batch(benchmark: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_select_compact_of_one_pruning_stage(benchmark: Any, model: Any) -> None:
+@pytest.mark.parametrize("model", first_rehearsed(MODELS.values()), ids=MODELS)
+def test_select_compact_of_one_pruning_stage(benchmark: Any, backend: str, model: Any) -> None:
     """Hidden states and positions of the visual tokens of one image, half kept."""
     work = sized(model())
     length, keep = work.visual, work.visual // 2
@@ -128,6 +132,7 @@ def test_select_compact_of_one_pruning_stage(benchmark: Any, model: Any) -> None
 
     versus(
         benchmark,
+        backend,
         rotated(make),
         lambda x: ops.select_compact(x[0], x[1], cu_seqlens, counts, capacity=keep),
         peer,
@@ -141,7 +146,7 @@ def test_select_compact_of_one_pruning_stage(benchmark: Any, model: Any) -> None
     )
 
 
-def test_select_compact_of_a_ragged_batch(benchmark: Any) -> None:
+def test_select_compact_of_a_ragged_batch(benchmark: Any, backend: str) -> None:
     work = sized(workloads.ragged8())
     keep = [n // 2 for n in work.seqlens]
     cu_seqlens, counts = work.cu_seqlens().to(DEVICE), counts_on_device(keep)
@@ -153,6 +158,7 @@ def test_select_compact_of_a_ragged_batch(benchmark: Any) -> None:
 
     versus(
         benchmark,
+        backend,
         rotated(make),
         lambda x: ops.select_compact(x[0], x[1], cu_seqlens, counts, capacity=sum(keep))[0],
         lambda x: loop(*x),

@@ -69,5 +69,11 @@ def load_cuda() -> str | None:
     return None
 
 
+def op_names() -> tuple[str, ...]:
+    """The names of all ops that the libraries define, backward passes among them."""
+    prefix = "pruneops::"
+    return tuple(sorted(n.removeprefix(prefix) for n in torch._C._dispatch_get_all_op_names() if n.startswith(prefix)))
+
+
 torch.ops.load_library(str(library_path()))
 cuda_refusal = load_cuda()

@@ -3,12 +3,13 @@
 Each op has up to three backends, tried in this order:
 
 ``native``
-    the compiled kernels behind ``torch.ops.pruneops``, one set per device type; those in
-    :data:`UNPROVEN_ON_GPU` only where they are forced,
+    the compiled kernels behind ``torch.ops.pruneops``, one set per device type,
 ``triton``
-    :mod:`pruneops.triton`, on devices that Triton compiles for,
+    :mod:`pruneops.triton` behind ``torch.ops.pruneops_triton``, on devices that Triton compiles for,
 ``reference``
     :mod:`pruneops.reference`, plain torch, any device, every float dtype.
+
+Kernels in :data:`UNPROVEN_ON_GPU` run on a GPU only where their backend is forced.
 
 The choice depends on the op, the device type and the dtype alone, never on values, so it is the same inside
 ``torch.compile``. The environment variable ``PRUNEOPS_BACKEND`` (read once, on import) or the context manager
@@ -17,17 +18,15 @@ The choice depends on the op, the device type and the dtype alone, never on valu
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from typing import Any
 
 import torch
 
-from pruneops import _library, reference
+from pruneops import _library, _triton_library
 
 NATIVE = "native"
 TRITON = "triton"
@@ -58,26 +57,29 @@ _ANY_DTYPE = frozenset({"gather_rows", "scatter_rows", "kv_limit_from_positions"
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 DEVICES = ("cpu", "cuda", "meta")
 
-# CUDA kernels that are compiled, and tested in an emulation on the CPU, but have not run on a GPU yet. They are not
-# chosen by themselves; forcing `native` runs them. An op leaves the list with the log of a run that shows it right.
-UNPROVEN_ON_GPU = frozenset(
-    {
-        "segment_topk",
-        "segment_threshold",
-        "gather_rows",
-        "scatter_rows",
-        "select_compact",
-        "scatter_scaled",
-        "router_weights",
-        "policy_attention",
-        "last_query_scores",
-        "column_scores",
-        "kv_limit_from_positions",
-        "dpc_knn",
-        "merge_mean",
-        "position_means",
-    }
-)
+# Kernels that are compiled, and tested in an emulation on the CPU, but have not run on a GPU yet. They are not chosen
+# by themselves; forcing their backend runs them. An op leaves the list with the log of a run that shows it right.
+UNPROVEN_ON_GPU = {
+    NATIVE: frozenset(
+        {
+            "segment_topk",
+            "segment_threshold",
+            "gather_rows",
+            "scatter_rows",
+            "select_compact",
+            "scatter_scaled",
+            "router_weights",
+            "policy_attention",
+            "last_query_scores",
+            "column_scores",
+            "kv_limit_from_positions",
+            "dpc_knn",
+            "merge_mean",
+            "position_means",
+        }
+    ),
+    TRITON: frozenset(OPS),
+}
 
 
 def _check_name(backend: str, source: str) -> str:
@@ -100,19 +102,26 @@ def _registered(device: str) -> frozenset[str]:
     return frozenset(op for op in OPS if has_kernel(f"pruneops::{op}", key))
 
 
-def _fallbacks() -> dict[str, ModuleType]:
-    """The modules behind the backends that are not compiled; Triton's only where it can run."""
-    modules = {REFERENCE: reference}
-    if torch.cuda.is_available() and importlib.util.find_spec("pruneops.triton") is not None:
-        modules[TRITON] = importlib.import_module("pruneops.triton")
-    return modules
+def _in_triton(device: str) -> frozenset[str]:
+    """The ops that Triton runs on this device type."""
+    runs = device in ("cuda", "meta") or (device == "cpu" and _triton_library.interpreting)
+    return frozenset(OPS if runs and _triton_library.refusal is None else ())
 
 
 # Plain dicts and strings, so that torch.compile can trace `select` and guard on them.
-_native = {device: _registered(device) for device in DEVICES}
-_unproven = {"cuda": UNPROVEN_ON_GPU}
-_modules = _fallbacks()
-_triton = {"cuda": frozenset(_modules[TRITON].__all__ if TRITON in _modules else ())}
+NAMESPACES = {NATIVE: "pruneops", TRITON: _triton_library.NAMESPACE}
+_ops = {
+    NATIVE: {device: _registered(device) for device in DEVICES},
+    TRITON: {device: _in_triton(device) for device in DEVICES},
+}
+_defaults = {
+    backend: {device: ops - UNPROVEN_ON_GPU[backend] if device == "cuda" else ops for device, ops in table.items()}
+    for backend, table in _ops.items()
+}
+_kernels = {
+    backend: {op: getattr(getattr(torch.ops, namespace), op).default for op in OPS}
+    for backend, namespace in NAMESPACES.items()
+}
 _forced: str | None = _forced_by_environment()
 _recorders: list[Counter[tuple[str, str]]] = []
 
@@ -127,16 +136,23 @@ def _refusal(
         return f"its kernels have no {unsupported}"
     if dtype is not None and op not in _ANY_DTYPE and dtype not in _KERNEL_DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {dtype}"
-    if backend == TRITON:
-        if op in _triton.get(device, frozenset()):
-            return None
-        return f"there is no Triton kernel of {op} for {device}"
-    if op not in _native.get(device, frozenset()):
+    if op not in _ops[backend].get(device, frozenset()):
+        return _absence(backend, op, device)
+    if device == "cuda" and op in UNPROVEN_ON_GPU[backend] and _forced != backend:
+        return f"its {device} kernel has not run on a GPU yet; PRUNEOPS_BACKEND={backend} runs it"
+    return None
+
+
+def _absence(backend: str, op: str, device: str) -> str:
+    """Why a backend has no kernel of ``op`` for this device type."""
+    if backend == NATIVE:
         absent = f"no compiled library with a {device} kernel of {op} is loaded"
         return absent if device != "cuda" or _library.cuda_refusal is None else f"{absent}; {_library.cuda_refusal}"
-    if op in _unproven.get(device, frozenset()) and _forced != NATIVE:
-        return f"its {device} kernel has not run on a GPU yet; PRUNEOPS_BACKEND=native runs it"
-    return None
+    if _triton_library.refusal is not None:
+        return _triton_library.refusal
+    if device == "cpu":
+        return "Triton compiles for GPUs; a process started with TRITON_INTERPRET=1 interprets its kernels on the CPU"
+    return f"there is no Triton kernel of {op} for {device}"
 
 
 def select(op: str, device: str, dtype: torch.dtype | None = None, unsupported: str | None = None) -> str:
@@ -150,15 +166,12 @@ def select(op: str, device: str, dtype: torch.dtype | None = None, unsupported: 
         If a forced backend has no kernel for the op and device, or none for the dtype.
     """
     if _forced is None:
-        supported = dtype is None or dtype in _KERNEL_DTYPES or op in _ANY_DTYPE
-        supported = supported and unsupported is None
-        unproven = _unproven.get(device, frozenset())
-        if supported and op in _native.get(device, frozenset()) and op not in unproven:
+        supported = unsupported is None and (dtype is None or dtype in _KERNEL_DTYPES or op in _ANY_DTYPE)
+        chosen = REFERENCE
+        if supported and op in _defaults[NATIVE].get(device, frozenset()):
             chosen = NATIVE
-        elif supported and op in _triton.get(device, frozenset()):
+        elif supported and op in _defaults[TRITON].get(device, frozenset()):
             chosen = TRITON
-        else:
-            chosen = REFERENCE
     else:
         chosen = _forced
         reason = _refusal(chosen, op, device, dtype, unsupported)
@@ -170,9 +183,9 @@ def select(op: str, device: str, dtype: torch.dtype | None = None, unsupported: 
     return chosen
 
 
-def module(backend: str) -> ModuleType:
-    """The module whose functions carry the names and signatures of :mod:`pruneops.ops`."""
-    return _modules[backend]
+def kernel(backend: str, op: str) -> Callable[..., Any]:
+    """The registered op of the backend, ``native`` or ``triton``; its arguments are those of its schema."""
+    return _kernels[backend][op]
 
 
 @contextmanager

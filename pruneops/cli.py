@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pruneops._version import __version__
-from pruneops.commands import convert, run_inputs, schedule
+from pruneops.commands import convert, run_inputs, schedule, tune
 from pruneops.commands.arguments import integers, numbers, positive
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     info.set_defaults(action=_info)
     schedule.add_parser(commands)
     convert.add_parser(commands)
+    tune.add_parser(commands)
     return parser
 
 
@@ -195,6 +196,8 @@ def _fail(error: Exception, code: int) -> int:
         message = "--video needs PyAV: pip install pruneops[video]"
     if isinstance(error, ModuleNotFoundError) and error.name in ("transformers", "PIL", "tokenizers", "tqdm"):
         message = f"this command needs {error.name}: install pruneops[cli]"
+    if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+        message = "this command needs triton: install pruneops[triton]"
     print(f"pruneops: error: {message}", file=sys.stderr)
     return code
 

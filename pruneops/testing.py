@@ -10,12 +10,15 @@ and the same for the root mean square. There are no absolute tolerances to tune.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pruneops import backends
 
 FORWARD_FACTOR = 2.0
 BACKWARD_FACTOR = 3.0
@@ -72,6 +75,16 @@ def _max(values: Tensor) -> float:
 
 def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
+
+
+def backend_under_test() -> str:
+    """The backend that ``PRUNEOPS_BACKEND`` forces; ``native`` where it forces none."""
+    return os.environ.get("PRUNEOPS_BACKEND") or "native"
+
+
+def ops_under_test() -> Any:
+    """The registered ops of the backend under test, which take what the front-ends have checked."""
+    return getattr(torch.ops, backends.NAMESPACES[backend_under_test()])
 
 
 def flatten(result: Any) -> list[Tensor]:

@@ -163,6 +163,7 @@ def test_gradient_accumulation_over_a_shared_input(native_calls):
     torch.testing.assert_close(x.grad, parts[0] + parts[1] + parts[2])
 
 
+@pytest.mark.usefixtures("unforced")
 def test_gradcheck_of_the_reference():
     inputs = attention_inputs((5, 0, 4), (6, 2, 2), heads=(4, 2), head_dim=3, dtype=torch.float64, tail=1)
     leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]

@@ -254,6 +254,7 @@ def test_random_shapes(dtype, native_calls):
         check_forward(inputs, causal=seed % 3 != 0)
 
 
+@pytest.mark.usefixtures("unforced")
 def test_float64_runs_on_the_reference():
     inputs = attention_inputs((9, 4), dtype=torch.float64)
     with backends.record_calls() as calls:

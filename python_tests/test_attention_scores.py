@@ -181,6 +181,7 @@ def test_scores_have_no_gradient(call, native_calls):
 
 
 @CALLS
+@pytest.mark.usefixtures("unforced")
 def test_float64_runs_on_the_reference(call):
     inputs = attention_inputs((9,), dtype=torch.float64)
     with backends.record_calls() as calls:

@@ -374,6 +374,7 @@ def test_clustering_has_no_gradient(native_calls):
     assert not any(tensor.requires_grad for tensor in result)
 
 
+@pytest.mark.usefixtures("unforced")
 def test_float64_is_clustered_in_float64():
     x = torch.tensor([[0.0], [1.0], [2.0 + 1e-12]], dtype=torch.float64)
     result = ops.dpc_knn(x, cu_seqlens_of([3]), 2, k=2)

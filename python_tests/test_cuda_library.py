@@ -193,15 +193,15 @@ def test_it_registers_every_kernel_that_backends_expects_of_it() -> None:
     assert run.returncode == 0, run.stderr
     from pruneops import backends
 
-    assert set(run.stdout.split()) >= backends.UNPROVEN_ON_GPU
+    assert set(run.stdout.split()) >= backends.UNPROVEN_ON_GPU["native"]
 
 
 def test_kernels_unproven_on_a_gpu_run_only_where_they_are_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     from pruneops import backends
 
-    monkeypatch.setattr(backends, "_native", {"cuda": frozenset({"segment_topk", "decode_attention"})})
-    monkeypatch.setattr(backends, "_unproven", {"cuda": frozenset({"segment_topk"})})
-    monkeypatch.setattr(backends, "_triton", {})
+    monkeypatch.setitem(backends._ops["native"], "cuda", frozenset({"segment_topk", "decode_attention"}))
+    monkeypatch.setitem(backends.UNPROVEN_ON_GPU, "native", frozenset({"segment_topk"}))
+    monkeypatch.setitem(backends._defaults["native"], "cuda", frozenset({"decode_attention"}))
     assert backends.select("segment_topk", "cuda", torch.float32) == "reference"
     assert backends.select("decode_attention", "cuda", torch.float32) == "native"
     text = backends.explain("segment_topk", "cuda")
@@ -214,7 +214,7 @@ def test_kernels_unproven_on_a_gpu_run_only_where_they_are_forced(monkeypatch: p
 def test_a_missing_cuda_kernel_is_explained_by_the_library_that_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     from pruneops import backends
 
-    monkeypatch.setattr(backends, "_native", {"cuda": frozenset()})
+    monkeypatch.setitem(backends._ops["native"], "cuda", frozenset())
     monkeypatch.setattr(_library, "cuda_refusal", "it was not built: for a test")
     assert "kernel of gather_rows is loaded; it was not built: for a test" in backends.explain("gather_rows", "cuda")
 
@@ -222,4 +222,5 @@ def test_a_missing_cuda_kernel_is_explained_by_the_library_that_is_not_loaded(mo
 def test_only_ops_that_exist_are_listed_as_unproven() -> None:
     from pruneops import backends
 
-    assert set(backends.OPS) >= backends.UNPROVEN_ON_GPU
+    for backend in ("native", "triton"):
+        assert set(backends.OPS) >= backends.UNPROVEN_ON_GPU[backend]

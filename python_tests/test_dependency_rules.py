@@ -20,7 +20,7 @@ LAYERS = {
     name: depth
     for depth, names in enumerate(
         (
-            ("_version", "_runtime", "_library", "reference", "triton"),
+            ("_version", "_runtime", "_library", "_triton_library", "reference", "triton"),
             ("backends",),
             ("ops", "testing"),
             ("ragged", "cache"),
@@ -90,10 +90,10 @@ def test_reference_does_not_import_triton(path):
     assert third_party(path) <= {"torch"}
 
 
-@pytest.mark.parametrize("path", files_of("ops", "backends", "_library", "testing"), ids=module_name)
+@pytest.mark.parametrize("path", files_of("ops", "backends", "_library", "_triton_library", "testing"), ids=module_name)
 def test_the_op_layer_knows_nothing_of_models(path):
     assert third_party(path) <= {"torch"}
-    assert own(path) <= {"ops", "backends", "_library", "reference"}
+    assert own(path) <= {"ops", "backends", "_library", "_triton_library", "reference"}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_the_op_layer_knows_nothing_of_models(path):
 def test_everything_above_the_ops_uses_their_front_ends(path):
     """No op is called around its checks, and no reference around the choice of a backend."""
     assert "torch.ops" not in path.read_text(encoding="utf-8").replace("torch.ops.higher_order", "")
-    assert not own(path) & {"reference", "_library"}
+    assert not own(path) & {"reference", "_library", "_triton_library", "triton"}
 
 
 @pytest.mark.parametrize("path", files_of("ragged", "cache", "decoder", "media", "methods"), ids=module_name)

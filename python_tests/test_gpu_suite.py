@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_the_script_has_no_syntax_error():
 def test_help_names_results_and_exit_statuses():
     result = run("bash", SCRIPT, "--help")
     assert result.returncode == 0
-    for word in ("summary.md", "bench.json", "gpu_tests.log", "--only", "exit status", "PRUNEOPS_CUTLASS_DIR"):
+    for word in ("summary.md", "bench.json", "gpu_tests.log", "--only", "exit status", "PRUNEOPS_JOBS"):
         assert word in result.stdout
 
 
@@ -67,6 +68,13 @@ def test_a_step_limit_out_of_range_is_refused(tmp_path, seconds):
     assert f"got {seconds}\n" in result.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("jobs", ["0", "many", "-5"])
+def test_a_number_of_processes_out_of_range_is_refused(tmp_path, jobs):
+    result = run("bash", SCRIPT, tmp_path / "run", PRUNEOPS_JOBS=jobs)
+    assert result.returncode == 2
+    assert f"got {jobs}\n" in result.stderr and not (tmp_path / "run").exists()
+
+
 def test_a_machine_without_a_gpu_is_refused_and_nothing_is_written(tmp_path):
     result = run("bash", SCRIPT, tmp_path / "run", "--only", "test")
     assert result.returncode == 3
@@ -88,38 +96,108 @@ case "$*" in
   *"gpu_report environment"*) echo '{}' > "${@: -1}" ;;
   *gpu_report*) exec "$REAL_PYTHON" "$@" ;;
   *pytest*) echo "pytest was called"; exec bash "$BEHAVIOUR" ;;
+  *xdist*) echo True ;;
 esac
 """
 
 
+class Stubbed:
+    """The script on a machine where pytest does what it is told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.stub, self.behaviour = folder / "run", folder / "python", folder / "behaviour"
+        self.stub.write_text(STUB)
+        self.stub.chmod(0o755)
+
+    def environment(self, does: str, **more: str) -> dict[str, str]:
+        self.behaviour.write_text(does)
+        return {"PYTHON": str(self.stub), "REAL_PYTHON": sys.executable, "BEHAVIOUR": str(self.behaviour), **more}
+
+    def __call__(self, does: str, only: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return run("bash", SCRIPT, self.folder, "--only", only, **self.environment(does, **more))
+
+    def steps(self) -> list[dict[str, Any]]:
+        return json.loads((self.folder / "bench.json").read_text())["steps"]
+
+    def status(self) -> dict[str, str]:
+        return {step["step"]: step["status"] for step in self.steps()}
+
+
+def suites(kind: str) -> dict[str, Path]:
+    """Files by the name of their suite."""
+    folder, prefix = {"test": ("python_tests/gpu", "test_gpu_"), "bench": ("bench", "test_bench_gpu_")}[kind]
+    return {path.stem.removeprefix(prefix): path for path in sorted((ROOT / folder).glob(f"{prefix}*.py"))}
+
+
+# Suites whose every test takes Triton; all others have some for each backend.
+IN_TRITON_ONLY = {"test": {"attention", "agreement"}, "bench": {"attention"}}
+
+
+def steps_of(kind: str) -> set[str]:
+    backends = {name: ("triton",) if name in IN_TRITON_ONLY[kind] else ("native", "triton") for name in suites(kind)}
+    return {f"{kind}_{name}_{backend}" for name, each in backends.items() for backend in each}
+
+
 def test_failures_are_reported_and_a_second_run_repeats_only_them(tmp_path):
-    stub, behaviour, folder = tmp_path / "python", tmp_path / "behaviour", tmp_path / "run"
-    stub.write_text(STUB)
-    stub.chmod(0o755)
-
-    def suite(does: str, limit: int = 60) -> subprocess.CompletedProcess[str]:
-        behaviour.write_text(does)
-        environment = {"PYTHON": str(stub), "REAL_PYTHON": sys.executable, "BEHAVIOUR": str(behaviour)}
-        environment["PRUNEOPS_STEP_SECONDS"] = str(limit)
-        return run("bash", SCRIPT, folder, "--only", "bench", **environment)
-
-    def status() -> dict[str, str]:
-        return {step["step"]: step["status"] for step in json.loads((folder / "bench.json").read_text())["steps"]}
-
-    suites = {
-        f"bench_{path.stem.removeprefix('test_bench_gpu_')}" for path in (ROOT / "bench").glob("test_bench_gpu_*")
-    }
-    first = suite("exit 1")
+    suite, steps = Stubbed(tmp_path), steps_of("bench")
+    first = suite("exit 1", "bench")
     assert first.returncode == 1 and "pytest was called" in first.stdout
-    assert status() == dict.fromkeys(suites, "failed")
-    assert "FAILED: bench_" in (folder / "summary.md").read_text()
-    second = suite("sleep 30", limit=1)
-    assert second.returncode == 1 and status() == dict.fromkeys(suites, "timed out")
-    third = suite("exit 0")
-    assert third.returncode == 0 and status() == dict.fromkeys(suites, "passed")
-    assert f"**{len(suites)} of {len(suites)} steps passed**" in (folder / "summary.md").read_text()
-    fourth = suite("exit 1")
-    assert fourth.returncode == 0 and fourth.stdout.count("passed before") == len(suites)
+    assert suite.status() == dict.fromkeys(steps, "failed")
+    assert "FAILED: bench_" in (suite.folder / "summary.md").read_text()
+    second = suite("sleep 30", "bench", PRUNEOPS_STEP_SECONDS="1")
+    assert second.returncode == 1 and suite.status() == dict.fromkeys(steps, "timed out")
+    third = suite("exit 0", "bench")
+    assert third.returncode == 0 and suite.status() == dict.fromkeys(steps, "passed")
+    assert f"**{len(steps)} of {len(steps)} steps passed**" in (suite.folder / "summary.md").read_text()
+    fourth = suite("exit 1", "bench")
+    assert fourth.returncode == 0 and fourth.stdout.count("passed before") == len(steps)
+
+
+def test_tests_run_side_by_side_and_benchmarks_alone(tmp_path):
+    suite, log = Stubbed(tmp_path), tmp_path / "log"
+    log.touch()
+    begin_and_end = f"echo begin >> {log}; sleep 0.3; echo end >> {log}"
+
+    def most_at_once() -> int:
+        running, most = 0, 0
+        for word in log.read_text().split():
+            running += 1 if word == "begin" else -1
+            most = max(most, running)
+        log.write_text("")
+        return most
+
+    environment = {"PRUNEOPS_JOBS": "16", "PRUNEOPS_GPU_REHEARSAL": "1"}
+    assert suite(begin_and_end, "test", **environment).returncode == 0
+    assert 1 < most_at_once() <= 4
+    assert steps_of("test") <= {name for name, status in suite.status().items() if status == "passed"}
+    assert suite(begin_and_end, "bench", **environment).returncode == 0
+    assert most_at_once() == 1
+
+
+def test_what_matters_most_comes_first(tmp_path):
+    suite = Stubbed(tmp_path)
+    assert suite("exit 0", "test,bench", PRUNEOPS_GPU_REHEARSAL="1").returncode == 0
+    planned = (suite.folder / "state" / "plan").read_text().split()
+    assert set(planned) == steps_of("test") | steps_of("bench") | {name for name in planned if "sanitize" in name}
+    assert planned[:3] == ["test_short_native", "test_short_triton", "test_attention_triton"]
+    kinds = [name.split("_")[0] for name in planned]
+    assert kinds == sorted(kinds, key=["test", "bench", "sanitize"].index)
+    assert next(name for name in planned if name.startswith("bench")) == "bench_attention_triton"
+    assert [step["step"] for step in suite.steps() if "sanitize" not in step["step"]] == planned[:-3]
+
+
+def test_an_interrupted_run_stops_its_steps_and_reports(tmp_path):
+    suite, marker = Stubbed(tmp_path), tmp_path / "began"
+    environment = suite.environment(f"touch {marker}; sleep 60; touch {marker}.over", PRUNEOPS_GPU_REHEARSAL="1")
+    command = ["bash", str(SCRIPT), str(suite.folder), "--only", "bench"]
+    process = subprocess.Popen(command, env=os.environ | environment, cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while not marker.exists():
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and "interrupted" in errors
+    assert "not finished: bench_" in (suite.folder / "summary.md").read_text()
 
 
 # ---------------------------------------------------------------------- which tests run
@@ -134,17 +212,70 @@ def test_gpu_tests_are_deselected_without_a_gpu(expression):
 
 
 def test_every_test_and_benchmark_that_needs_a_gpu_is_marked():
-    files = [*(ROOT / "python_tests" / "gpu").glob("test_*.py"), *(ROOT / "bench").glob("test_bench_gpu_*.py")]
-    assert len(files) > 8
+    files = [*suites("test").values(), *suites("bench").values()]
+    assert len(files) > 16
     assert [path.name for path in files if "pytest.mark.gpu" not in path.read_text()] == []
 
 
-def test_the_short_tests_and_a_benchmark_pass_a_rehearsal_on_the_cpu():
-    files = ("python_tests/gpu/test_gpu_short.py", "bench/test_bench_gpu_selection.py")
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *files)
-    result = run(*command, PRUNEOPS_GPU_REHEARSAL="1", OMP_NUM_THREADS="1")
+# Prints how many tests of each file the marks choose that the script gives.
+COUNTING = """
+import collections, json
+
+def pytest_collection_finish(session):
+    found = collections.defaultdict(collections.Counter)
+    for item in session.items:
+        marks = {mark.name for mark in item.iter_markers()}
+        found[item.path.stem]["triton" if "triton" in marks else "native"] += 1
+        found[item.path.stem]["rehearsed"] += {"triton", "rehearsed"} <= marks
+        assert ("[triton" in item.name) <= ("triton" in marks), item.nodeid
+    print("found:" + json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "counting.py").write_text(COUNTING)
+    command = (sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-p", "counting")
+    files = (*suites("test").values(), *suites("bench").values())
+    environment = {"PRUNEOPS_GPU_REHEARSAL": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+    result = run(*command, *files, **environment)
+    assert result.returncode == 0, result.stdout[-3000:]
+    return json.loads(next(line[6:] for line in result.stdout.splitlines() if line.startswith("found:")))
+
+
+@pytest.mark.parametrize("kind", ["test", "bench"])
+def test_every_suite_has_tests_for_the_backends_that_the_script_runs_it_on(collected, kind):
+    for name, path in suites(kind).items():
+        found = collected[path.stem]
+        assert bool(found.get("native")) == (name not in IN_TRITON_ONLY[kind]), path.stem
+        assert 0 < found["rehearsed"] <= found["triton"], path.stem
+
+
+def rehearsal(marks: str, *files: str, **environment: str) -> None:
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks)
+    result = run(*command, *files, PRUNEOPS_GPU_REHEARSAL="1", OMP_NUM_THREADS="1", **environment)
     assert result.returncode == 0, result.stdout[-3000:]
     assert "skipped" not in result.stdout
+
+
+def test_the_short_tests_and_a_benchmark_pass_a_rehearsal_on_the_cpu():
+    rehearsal("gpu and not triton", "python_tests/gpu/test_gpu_short.py", "bench/test_bench_gpu_selection.py")
+
+
+def test_some_tests_and_benchmarks_of_the_kernels_in_triton_pass_a_rehearsal_interpreted():
+    files = ("test_gpu_attention", "test_gpu_selection", "test_gpu_compaction", "test_gpu_routing", "test_gpu_library")
+    benchmarks = ("bench/test_bench_gpu_attention.py", "bench/test_bench_gpu_selection.py")
+    tests = [f"python_tests/gpu/{name}.py" for name in files]
+    rehearsal("gpu and triton and rehearsed", *tests, *benchmarks, TRITON_INTERPRET="1")
+
+
+def test_kernels_in_triton_are_not_skipped_where_nothing_interprets_them():
+    test = "python_tests/gpu/test_gpu_selection.py::test_protected_rows_stay_and_do_not_count"
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "triton", test)
+    result = run(*command, PRUNEOPS_GPU_REHEARSAL="1")
+    assert result.returncode == 1 and "1 failed" in result.stdout
+    assert "a process started with TRITON_INTERPRET=1" in result.stdout
 
 
 @pytest.mark.slow
@@ -157,8 +288,9 @@ def test_a_rehearsal_on_the_cpu_passes_every_step(tmp_path):
     run_json = json.loads((tmp_path / "bench.json").read_text())
     assert {bench["extra_info"]["op"] for bench in run_json["benchmarks"]} >= {
         "segment_topk", "segment_threshold", "select_compact", "gather_rows", "scatter_rows",
-        "last_query_scores", "column_scores", "dpc_knn", "merge_mean",
+        "last_query_scores", "column_scores", "dpc_knn", "merge_mean", "varlen_attention", "decode_attention",
     }  # fmt: skip
+    assert {bench["extra_info"]["backend"] for bench in run_json["benchmarks"]} == {"native", "triton"}
     assert "passed" in (tmp_path / "gpu_tests.log").read_text()
 
 
@@ -213,6 +345,7 @@ def made_up_benchmark(**changes: Any) -> dict[str, Any]:
     info: dict[str, Any] = {
         **comparison(0.004, 0.024),
         "op": "segment_topk",
+        "backend": "native",
         "workload": "llava_next_7b, 1 x 2880",
         "peer": "topk + sort + cumsum",
         "dtype": "float32",
@@ -251,7 +384,8 @@ def folder(tmp_path: Path) -> Path:
     (state / "test_scores.xml").write_text(JUNIT)
     missed = made_up_benchmark(op="gather_rows", rate=700.0, rate_unit="GB/s", of_ceiling=0.7,
                                targets={"ratio": 7.0, "us": None, "of_copy": 0.88})  # fmt: skip
-    content = json.dumps({"benchmarks": [made_up_benchmark(), missed]})
+    slower = made_up_benchmark(**comparison(0.005, 0.025), backend="triton", eager=None)
+    content = json.dumps({"benchmarks": [made_up_benchmark(), missed, slower]})
     (state / "bench_selection.json").write_text(content)
     (state / "bench_scores.json").write_text(content[:100])
     environment = {"device": "A device", "driver": "1.2.3", "commit": "abc", "versions": {"torch": "2.99"}}
@@ -271,15 +405,18 @@ def test_the_summary_shows_conditions_steps_failures_and_ratios(folder):
         "| test_scores | failed | 7 | 1 passed, 1 failed, 1 skipped |",
         "gpu.test_gpu_scores::test_bad",
         "copy 1000 GB/s",
-        "| 4.00 | 24.00 | **6.00** (6.00 to 6.00) | 10.00 / 30.00: 3.00 |",
-        "700 GB/s (70%)",
-        "Targets met: 2 of 4.",
+        "| 24.00 | 4.00 | **6.00** (6.00 to 6.00) | 5.00 | **5.00** (5.00 to 5.00) | 10.00: 3.00 / - | - / - | 0% / 0%",
+        "| 24.00 | 4.00 | **6.00** (6.00 to 6.00) | - | - | 10.00: 3.00 / - | 700 GB/s (70%) / - | 0% / - |",
+        "| met met / met met |",
+        "Targets met by native: 2 of 4.",
+        "Targets met by triton: 2 of 2.",
         "missed: `gather_rows`, llava_next_7b, 1 x 2880, float32, against topk + sort + cumsum: 6.00x, target 7x",
         "0.70 of the copy, target 0.88",
     ):
         assert part in text
     assert "rehearsal" not in text
-    assert len(json.loads((folder / "bench.json").read_text())["benchmarks"]) == 2
+    assert len(json.loads((folder / "bench.json").read_text())["benchmarks"]) == 3
+    assert text.count("| `segment_topk` |") == 1, "both backends share a row"
 
 
 def test_a_summary_without_benchmarks_says_so(folder):

@@ -320,6 +320,7 @@ def test_the_reference_is_its_formula_written_out():
     assert (out[9] == 0).all()
 
 
+@pytest.mark.usefixtures("unforced")
 def test_gradcheck_of_the_reference():
     """With so small an epsilon the largest score cancels, so that taking it as a constant changes no derivative."""
     inputs = attention_inputs((5, 0, 4), heads=(4, 2), head_dim=3, dtype=torch.float64, tail=1)
@@ -361,6 +362,7 @@ def test_a_second_derivative_is_refused_and_the_reference_has_it():
     assert policy.grad is not None
 
 
+@pytest.mark.usefixtures("unforced")
 def test_float64_runs_on_the_reference():
     inputs = attention_inputs((9, 4), dtype=torch.float64)
     policy = torch.rand(13, dtype=torch.float64)

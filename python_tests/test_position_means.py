@@ -175,6 +175,7 @@ def test_gradients_of_means_over_frames_are_shared_by_the_frames(dtype, native_c
     assert not ours[36:44].any() and not ours[68:].any() and ours[:36].all()
 
 
+@pytest.mark.usefixtures("unforced")
 def test_gradients_of_the_reference_of_means_over_frames_are_its_derivatives():
     x = torch.randn(11, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: reference.position_means(x, cu_seqlens_of([7, 4]), [3, 2])[0], x)

@@ -16,6 +16,7 @@ from pruneops.testing import (
     assert_bitwise_equal,
     assert_repeatable,
     assert_within_rounding,
+    ops_under_test,
     peer_router,
     strided,
 )
@@ -182,7 +183,7 @@ def test_strided_inputs_give_the_same_result(view, dtype, native_calls):
     options = {"target": target, **PMOD}
     ours, expected = ops.router_weights(*views, **options), ops.router_weights(*dense, **options)
     assert_bitwise_equal(ours, expected)
-    backward = torch.ops.pruneops.router_weights_backward
+    backward = ops_under_test().router_weights_backward
     results = [
         backward(d, strided(ours[0]) if d is dout else ours[0], x, w, t, "tanh", 0.2)
         for d, (x, w, _), t in ((dout, views, target), (dout.contiguous(), dense, target.contiguous()))
@@ -194,7 +195,7 @@ def test_two_runs_are_equal_whatever_memory_held(native_calls):
     (x, weight, bias), target = inputs(500, 130, torch.bfloat16), some_rows(500)
     logits, _ = assert_repeatable(lambda: ops.router_weights(x, weight, bias, target=target, **PMOD))
     dout = torch.randn(500)
-    backward = torch.ops.pruneops.router_weights_backward
+    backward = ops_under_test().router_weights_backward
     assert_repeatable(lambda: backward(dout, logits, x, weight, target, "tanh", 0.2))
 
 
@@ -207,6 +208,7 @@ def test_logits_have_no_gradient():
     assert not logits.requires_grad and weights.requires_grad
 
 
+@pytest.mark.usefixtures("unforced")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradcheck_of_the_meaning(masked, activation):

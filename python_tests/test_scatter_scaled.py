@@ -15,6 +15,7 @@ from pruneops.testing import (
     assert_bitwise_equal,
     assert_repeatable,
     assert_within_rounding,
+    ops_under_test,
     peer_scatter_scaled,
     strided,
 )
@@ -157,14 +158,14 @@ def test_strided_inputs_give_the_same_result(view, dtype, native_calls):
     views = [view(x), view(residual), view(branch), strided(weights), torch.stack([indices, indices], 1)[:, 1]]
     dense = [v.contiguous() for v in views]
     assert_bitwise_equal(ops.scatter_scaled(*views), ops.scatter_scaled(*dense))
-    backward = torch.ops.pruneops.scatter_scaled_backward
+    backward = ops_under_test().scatter_scaled_backward
     assert_bitwise_equal(backward(dout, *views[:1], *views[2:]), backward(dout.contiguous(), *dense[:1], *dense[2:]))
 
 
 def test_two_runs_are_equal_whatever_memory_held(native_calls):
     x, residual, branch, weights, indices = inputs(500, 130, [*range(0, 400, 3), *[-1] * 50], torch.bfloat16)
     assert_repeatable(lambda: ops.scatter_scaled(x, residual, branch, weights, indices))
-    assert_repeatable(lambda: torch.ops.pruneops.scatter_scaled_backward(x, x, branch, weights, indices))
+    assert_repeatable(lambda: ops_under_test().scatter_scaled_backward(x, x, branch, weights, indices))
 
 
 def test_only_what_needs_a_gradient_gets_one(native_calls):
@@ -175,6 +176,7 @@ def test_only_what_needs_a_gradient_gets_one(native_calls):
         assert [x.grad is not None for x in leaves] == [j == i for j in range(4)]
 
 
+@pytest.mark.usefixtures("unforced")
 @pytest.mark.parametrize("kept", [KEPT["some"], KEPT["capacity"], KEPT["none"]])
 def test_gradcheck_of_the_meaning(kept):
     *leaves, indices = double(inputs(19, 3, kept))
@@ -213,7 +215,7 @@ BAD = int32([4, -2, 9, 2**31 - 1, -(2**31), 4])
 
 def test_raw_kernels_skip_an_index_out_of_range_and_take_the_last_of_equal_ones():
     x, residual, branch, weights, _ = inputs(9, 5, range(6))
-    raw: Any = torch.ops.pruneops
+    raw: Any = ops_under_test()
     expected = ops.scatter_scaled(x, residual[5:], branch[5:], weights, BAD[5:])
     assert_bitwise_equal(raw.scatter_scaled(x, residual, branch, weights, BAD), expected)
     dx, dresidual, dbranch, dweights = raw.scatter_scaled_backward(x, x, branch, weights, BAD)

@@ -218,6 +218,7 @@ def test_selection_has_no_gradient(native_calls):
     assert not indices.requires_grad and not cu_seqlens.requires_grad
 
 
+@pytest.mark.usefixtures("unforced")
 def test_float64_scores_are_compared_in_float64():
     scores = torch.tensor([1.0, 1.0 + 1e-12, 1.0], dtype=torch.float64)
     assert ops.segment_topk(scores, cu_seqlens_of([3]), [1])[0].tolist() == [1]

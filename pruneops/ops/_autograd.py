@@ -1,19 +1,21 @@
 """Gradients of the differentiable ops. Importing registers them.
 
-The formulas call ops again, so whatever is registered here for those is the second derivative: gathering and
-scattering are each other's backward pass to any order, ops with a backward op of their own are differentiable once.
+The formulas call ops of the same backend again, so whatever is registered here for those is the second derivative:
+gathering and scattering are each other's backward pass to any order, ops with a backward op of their own are
+differentiable once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import register_autograd
 
-from pruneops import _library  # noqa: F401  (defines the schemas)
+from pruneops import backends
 from pruneops.reference.clustering import cluster_rows, position_rows
 
 Grads = list[Tensor | None]
@@ -46,10 +48,10 @@ def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
     ctx.total = tensors[0].shape[0]
 
 
-def _gather_backward(ctx: Any, grads: Grads) -> tuple[Grads, None]:
+def _gather_backward(run: Any, ctx: Any, grads: Grads) -> tuple[Grads, None]:
     (indices,) = ctx.saved_tensors
     places, values = _wanted(grads, ctx.needs_input_grad[0])
-    values = torch.ops.pruneops.scatter_rows.default(values, indices, ctx.total) if values else []
+    values = run.scatter_rows.default(values, indices, ctx.total) if values else []
     return _placed(len(grads), places, values), None
 
 
@@ -59,10 +61,10 @@ def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.save_for_backward(indices)
 
 
-def _scatter_backward(ctx: Any, grads: Grads) -> tuple[Grads, None, None]:
+def _scatter_backward(run: Any, ctx: Any, grads: Grads) -> tuple[Grads, None, None]:
     (indices,) = ctx.saved_tensors
     places, values = _wanted(grads, ctx.needs_input_grad[0])
-    values = torch.ops.pruneops.gather_rows.default(values, indices) if values else []
+    values = run.gather_rows.default(values, indices) if values else []
     return _placed(len(grads), places, values), None, None
 
 
@@ -81,10 +83,10 @@ def _compact_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor]
     ctx.trailing = 3 if protect is None else 4
 
 
-def _compact_backward(ctx: Any, grads: Grads, _indices: None, _cu_seqlens: None) -> tuple[Grads | None, ...]:
+def _compact_backward(run: Any, ctx: Any, grads: Grads, _indices: None, _cu_seqlens: None) -> tuple[Grads | None, ...]:
     (indices,) = ctx.saved_tensors
     places, values = _wanted(grads, ctx.needs_input_grad[1])
-    values = torch.ops.pruneops.scatter_rows.default(values, indices, ctx.total) if values else []
+    values = run.scatter_rows.default(values, indices, ctx.total) if values else []
     return (None, _placed(len(grads), places, values), *[None] * ctx.trailing)
 
 
@@ -97,13 +99,13 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.has_slots = used is not None
 
 
-def _attention_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _attention_backward(run: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.has_slots:
         raise RuntimeError("pruneops::varlen_attention has no gradient with seqused_k; pass packed keys")
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, limit = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    grads = torch.ops.pruneops.varlen_attention_backward.default(
+    grads = run.varlen_attention_backward.default(
         dout,
         dlse,
         q,
@@ -126,8 +128,8 @@ def _scaled_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, branch, weights, indices)
 
 
-def _scaled_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.pruneops.scatter_scaled_backward.default(dout, *ctx.saved_tensors), None)
+def _scaled_backward(run: Any, ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    return (*run.scatter_scaled_backward.default(dout, *ctx.saved_tensors), None)
 
 
 def _router_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -139,12 +141,10 @@ def _router_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.has_bias = bias is not None
 
 
-def _router_backward(ctx: Any, _logits: None, dweights: Tensor | None) -> tuple[Tensor | None, ...]:
+def _router_backward(run: Any, ctx: Any, _logits: None, dweights: Tensor | None) -> tuple[Tensor | None, ...]:
     if dweights is None:
         return (None,) * 7
-    dx, dweight, dbias = torch.ops.pruneops.router_weights_backward.default(
-        dweights, *ctx.saved_tensors, ctx.activation, ctx.scale
-    )
+    dx, dweight, dbias = run.router_weights_backward.default(dweights, *ctx.saved_tensors, ctx.activation, ctx.scale)
     return (dx, dweight, dbias if ctx.has_bias else None, *[None] * 4)
 
 
@@ -155,8 +155,8 @@ def _policy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.numbers = max_seqlen, scale, epsilon
 
 
-def _policy_backward(ctx: Any, dout: Tensor, _max: None, _sum: None) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.pruneops.policy_attention_backward.default(dout, *ctx.saved_tensors, *ctx.numbers)
+def _policy_backward(run: Any, ctx: Any, dout: Tensor, _max: None, _sum: None) -> tuple[Tensor | None, ...]:
+    grads = run.policy_attention_backward.default(dout, *ctx.saved_tensors, *ctx.numbers)
     return (*grads, *[None] * 4)
 
 
@@ -186,7 +186,7 @@ def _mean_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.trailing = 4 if weights is None else 5  # as in select_compact
 
 
-def _mean_backward(ctx: Any, dmerged: Tensor | None, _counts: None) -> tuple[Tensor | None, ...]:
+def _mean_backward(run: Any, ctx: Any, dmerged: Tensor | None, _counts: None) -> tuple[Tensor | None, ...]:
     """``dx_i = w_i / W dmerged`` and ``dw_i = (x_i - merged) . dmerged / W``, with W the weight of the cluster."""
     cluster_ids, cu_seqlens, num_clusters, counts, weights, x, merged = ctx.saved_tensors
     if dmerged is None or ctx.capacity == 0:
@@ -196,9 +196,7 @@ def _mean_backward(ctx: Any, dmerged: Tensor | None, _counts: None) -> tuple[Ten
     total = counts.float()
     if weights is not None:
         # Its mean over the members, times their number, is the weight of a cluster in a fixed order of summation.
-        mean, _ = torch.ops.pruneops.merge_mean.default(
-            weights[:, None], cluster_ids, cu_seqlens, num_clusters, ctx.capacity
-        )
+        mean, _ = run.merge_mean.default(weights[:, None], cluster_ids, cu_seqlens, num_clusters, ctx.capacity)
         total = total * mean[:, 0]
     alive = total != 0
     inverse = torch.where(alive, 1.0 / torch.where(alive, total, 1.0), 0.0).index_select(0, rows)
@@ -233,14 +231,23 @@ def _positions_backward(ctx: Any, dmeans: Tensor | None, _similarity: None) -> t
     return torch.nn.functional.pad(shares, (0, 0, 0, 1)).index_select(0, slot), None, None, None
 
 
-register_autograd("pruneops::gather_rows", _gather_backward, setup_context=_gather_setup)
-register_autograd("pruneops::scatter_rows", _scatter_backward, setup_context=_scatter_setup)
-register_autograd("pruneops::select_compact", _compact_backward, setup_context=_compact_setup)
-register_autograd("pruneops::varlen_attention", _attention_backward, setup_context=_attention_setup)
-register_autograd("pruneops::merge_mean", _mean_backward, setup_context=_mean_setup)
-register_autograd("pruneops::position_means", _positions_backward, setup_context=_positions_setup)
-register_autograd("pruneops::scatter_scaled", _scaled_backward, setup_context=_scaled_setup)
-register_autograd("pruneops::router_weights", _router_backward, setup_context=_router_setup)
-register_autograd("pruneops::policy_attention", _policy_backward, setup_context=_policy_setup)
-for _op in ("varlen_attention", "policy_attention", "scatter_scaled", "router_weights"):
-    register_autograd(f"pruneops::{_op}_backward", _no_second_backward_of(_op), setup_context=_no_second_setup)
+# The formula of each op. Those that call ops get the namespace of their backend first.
+_FORMULAS = {
+    "gather_rows": (_gather_backward, _gather_setup),
+    "scatter_rows": (_scatter_backward, _scatter_setup),
+    "select_compact": (_compact_backward, _compact_setup),
+    "varlen_attention": (_attention_backward, _attention_setup),
+    "merge_mean": (_mean_backward, _mean_setup),
+    "scatter_scaled": (_scaled_backward, _scaled_setup),
+    "router_weights": (_router_backward, _router_setup),
+    "policy_attention": (_policy_backward, _policy_setup),
+}
+
+for _namespace in backends.NAMESPACES.values():
+    for _op, (_backward, _setup) in _FORMULAS.items():
+        _with_ops = partial(_backward, getattr(torch.ops, _namespace))
+        register_autograd(f"{_namespace}::{_op}", _with_ops, setup_context=_setup)
+    register_autograd(f"{_namespace}::position_means", _positions_backward, setup_context=_positions_setup)
+    for _op in ("varlen_attention", "policy_attention", "scatter_scaled", "router_weights"):
+        _name = f"{_namespace}::{_op}_backward"
+        register_autograd(_name, _no_second_backward_of(_op), setup_context=_no_second_setup)

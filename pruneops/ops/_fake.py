@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from pruneops import _library  # noqa: F401  (defines the schemas)
+from pruneops import backends
 
 # Sizes are int or, under a tracer with dynamic shapes, torch.SymInt; annotations say int for both.
+
+
+def _fake(op: str) -> Callable[[Callable], Callable]:
+    """Registers a function for the compiled op and its twin in Triton."""
+
+    def register(function: Callable) -> Callable:
+        for namespace in backends.NAMESPACES.values():
+            register_fake(f"{namespace}::{op}", function)
+        return function
+
+    return register
 
 
 def _one_device(*tensors: Tensor | None) -> None:
@@ -21,7 +34,7 @@ def _indices(like: Tensor, size: int) -> Tensor:
     return like.new_empty((size,), dtype=torch.int32)
 
 
-@register_fake("pruneops::segment_topk")
+@_fake("segment_topk")
 def _segment_topk(
     scores: Tensor, cu_seqlens: Tensor, keep_counts: Tensor, capacity: int, protect: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -29,7 +42,7 @@ def _segment_topk(
     return _indices(scores, capacity), cu_seqlens.new_empty(cu_seqlens.shape)
 
 
-@register_fake("pruneops::segment_threshold")
+@_fake("segment_threshold")
 def _segment_threshold(
     scores: Tensor,
     cu_seqlens: Tensor,
@@ -47,19 +60,19 @@ def _resized(tensors: list[Tensor], rows: int) -> list[Tensor]:
     return [tensor.new_empty((rows, *tensor.shape[1:])) for tensor in tensors]
 
 
-@register_fake("pruneops::gather_rows")
+@_fake("gather_rows")
 def _gather_rows(tensors: list[Tensor], indices: Tensor) -> list[Tensor]:
     _one_device(*tensors, indices)
     return _resized(tensors, indices.shape[0])
 
 
-@register_fake("pruneops::scatter_rows")
+@_fake("scatter_rows")
 def _scatter_rows(tensors: list[Tensor], indices: Tensor, total: int) -> list[Tensor]:
     _one_device(*tensors, indices)
     return _resized(tensors, total)
 
 
-@register_fake("pruneops::select_compact")
+@_fake("select_compact")
 def _select_compact(
     scores: Tensor,
     tensors: list[Tensor],
@@ -73,13 +86,13 @@ def _select_compact(
     return _resized(tensors, capacity), indices, cu_seqlens.new_empty(cu_seqlens.shape)
 
 
-@register_fake("pruneops::scatter_scaled")
+@_fake("scatter_scaled")
 def _scatter_scaled(x: Tensor, residual: Tensor, branch: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     _one_device(x, residual, branch, weights, indices)
     return x.new_empty(x.shape)
 
 
-@register_fake("pruneops::scatter_scaled_backward")
+@_fake("scatter_scaled_backward")
 def _scatter_scaled_backward(
     dout: Tensor, x: Tensor, branch: Tensor, weights: Tensor, indices: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -88,7 +101,7 @@ def _scatter_scaled_backward(
     return x.new_empty(x.shape), x.new_empty(kept), x.new_empty(kept), weights.new_empty(weights.shape)
 
 
-@register_fake("pruneops::router_weights")
+@_fake("router_weights")
 def _router_weights(
     x: Tensor,
     weight: Tensor,
@@ -103,7 +116,7 @@ def _router_weights(
     return logits, weights
 
 
-@register_fake("pruneops::router_weights_backward")
+@_fake("router_weights_backward")
 def _router_weights_backward(
     dweights: Tensor,
     logits: Tensor,
@@ -117,7 +130,7 @@ def _router_weights_backward(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty((1,))
 
 
-@register_fake("pruneops::varlen_attention")
+@_fake("varlen_attention")
 def _varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -135,7 +148,7 @@ def _varlen_attention(
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-@register_fake("pruneops::varlen_attention_backward")
+@_fake("varlen_attention_backward")
 def _varlen_attention_backward(
     dout: Tensor,
     dsoftmax_lse: Tensor | None,
@@ -156,7 +169,7 @@ def _varlen_attention_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@register_fake("pruneops::policy_attention")
+@_fake("policy_attention")
 def _policy_attention(
     q: Tensor,
     k: Tensor,
@@ -172,7 +185,7 @@ def _policy_attention(
     return q.new_empty(q.shape), q.new_empty(of_rows, dtype=torch.float32), q.new_empty(of_rows, dtype=torch.float32)
 
 
-@register_fake("pruneops::policy_attention_backward")
+@_fake("policy_attention_backward")
 def _policy_attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -191,7 +204,7 @@ def _policy_attention_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), policy.new_empty(policy.shape)
 
 
-@register_fake("pruneops::decode_attention")
+@_fake("decode_attention")
 def _decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -210,7 +223,7 @@ def _decode_attention(
     )
 
 
-@register_fake("pruneops::last_query_scores")
+@_fake("last_query_scores")
 def _last_query_scores(
     q: Tensor,
     k: Tensor,
@@ -225,7 +238,7 @@ def _last_query_scores(
     return k.new_empty((k.shape[0],), dtype=torch.float32)
 
 
-@register_fake("pruneops::column_scores")
+@_fake("column_scores")
 def _column_scores(
     q: Tensor,
     k: Tensor,
@@ -243,7 +256,7 @@ def _column_scores(
     return k.new_empty((k.shape[0],), dtype=torch.float32)
 
 
-@register_fake("pruneops::kv_limit_from_positions")
+@_fake("kv_limit_from_positions")
 def _kv_limit_from_positions(
     position_ids_q: Tensor, position_ids_k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> Tensor:
@@ -251,7 +264,7 @@ def _kv_limit_from_positions(
     return _indices(position_ids_q, position_ids_q.shape[0])
 
 
-@register_fake("pruneops::dpc_knn")
+@_fake("dpc_knn")
 def _dpc_knn(
     x: Tensor,
     cu_seqlens: Tensor,
@@ -268,7 +281,7 @@ def _dpc_knn(
     return ids, centers, cu_seqlens.new_empty(cu_seqlens.shape), density, delta, score
 
 
-@register_fake("pruneops::merge_mean")
+@_fake("merge_mean")
 def _merge_mean(
     x: Tensor,
     cluster_ids: Tensor,
@@ -281,7 +294,7 @@ def _merge_mean(
     return x.new_empty((capacity, x.shape[1])), _indices(x, capacity)
 
 
-@register_fake("pruneops::position_means")
+@_fake("position_means")
 def _position_means(x: Tensor, cu_seqlens: Tensor, num_positions: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     _one_device(x, cu_seqlens, num_positions)
     return x.new_empty((capacity, x.shape[1])), x.new_empty((capacity,), dtype=torch.float32)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneops import backends
+from pruneops import backends, reference
 from pruneops.ops import _checks
 
 
@@ -101,8 +101,8 @@ def varlen_attention(
 
     unsupported = "gradients with seqused_k" if seqused_k is not None and _wants_grad(q, k, v) else None
     backend = backends.select("varlen_attention", q.device.type, q.dtype, unsupported)
-    if backend == backends.NATIVE:
-        out, lse = torch.ops.pruneops.varlen_attention.default(
+    if backend != backends.REFERENCE:
+        out, lse = backends.kernel(backend, "varlen_attention")(
             q,
             k,
             v,
@@ -116,7 +116,7 @@ def varlen_attention(
             seqused_k,
         )
         return (out, lse) if return_lse else out
-    return backends.module(backend).varlen_attention(
+    return reference.varlen_attention(
         q,
         k,
         v,
@@ -186,12 +186,12 @@ def decode_attention(
 
     unsupported = "gradients" if _wants_grad(q, k_cache, v_cache) else None
     backend = backends.select("decode_attention", q.device.type, q.dtype, unsupported)
-    if backend == backends.NATIVE:
-        out, _, scores = torch.ops.pruneops.decode_attention.default(
+    if backend != backends.REFERENCE:
+        out, _, scores = backends.kernel(backend, "decode_attention")(
             q, k_cache, v_cache, seqused_k, scale, num_splits, return_scores
         )
         return (out, scores) if return_scores else out
-    return backends.module(backend).decode_attention(
+    return reference.decode_attention(
         q,
         k_cache,
         v_cache,
@@ -249,8 +249,8 @@ def last_query_scores(
         _checks.tensor("kv_limit", kv_limit, 1, _checks.INT32, q.device, q.shape[0])
     scale = _checks.scale(softmax_scale, q.shape[2])
     backend = backends.select("last_query_scores", q.device.type, q.dtype)
-    if backend == backends.NATIVE:
-        return torch.ops.pruneops.last_query_scores.default(
+    if backend != backends.REFERENCE:
+        return backends.kernel(backend, "last_query_scores")(
             _checks.constant(q),
             _checks.constant(k),
             cu_seqlens_q,
@@ -260,7 +260,7 @@ def last_query_scores(
             query_reduce,
             kv_limit,
         )
-    return backends.module(backend).last_query_scores(
+    return reference.last_query_scores(
         q,
         k,
         cu_seqlens_q,
@@ -325,8 +325,8 @@ def column_scores(
     _checks.flag("causal", causal)
     scale = _checks.scale(softmax_scale, q.shape[2])
     backend = backends.select("column_scores", q.device.type, q.dtype)
-    if backend == backends.NATIVE:
-        return torch.ops.pruneops.column_scores.default(
+    if backend != backends.REFERENCE:
+        return backends.kernel(backend, "column_scores")(
             _checks.constant(q),
             _checks.constant(k),
             cu_seqlens_q,
@@ -339,7 +339,7 @@ def column_scores(
             head_reduce,
             None if softmax_lse is None else _checks.constant(softmax_lse),
         )
-    return backends.module(backend).column_scores(
+    return reference.column_scores(
         q,
         k,
         cu_seqlens_q,
@@ -395,11 +395,11 @@ def kv_limit_from_positions(
     if cu_k is not None and _checks.readable(position_ids_k):
         _check_ascending(position_ids_k, cu_k)
     backend = backends.select("kv_limit_from_positions", device.type)
-    if backend == backends.NATIVE:
-        return torch.ops.pruneops.kv_limit_from_positions.default(
+    if backend != backends.REFERENCE:
+        return backends.kernel(backend, "kv_limit_from_positions")(
             position_ids_q, position_ids_k, cu_seqlens_q, cu_seqlens_k
         )
-    return backends.module(backend).kv_limit_from_positions(position_ids_q, position_ids_k, cu_seqlens_q, cu_seqlens_k)
+    return reference.kv_limit_from_positions(position_ids_q, position_ids_k, cu_seqlens_q, cu_seqlens_k)
 
 
 def _wants_grad(*tensors: Tensor) -> bool:

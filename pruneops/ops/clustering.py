@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneops import backends
+from pruneops import backends, reference
 from pruneops.ops import _checks
 from pruneops.reference.clustering import DPCKNNResult
 
@@ -104,8 +104,8 @@ def dpc_knn(
     capacity = _resolve_capacity(capacity, "num_clusters", counts, 1, cu)
     counts = _checks.counts_tensor(counts, x.device)
     backend = backends.select("dpc_knn", x.device.type, x.dtype)
-    if backend == backends.NATIVE:
-        ids, centers, cu_clusters, density, delta, score = torch.ops.pruneops.dpc_knn.default(
+    if backend != backends.REFERENCE:
+        ids, centers, cu_clusters, density, delta, score = backends.kernel(backend, "dpc_knn")(
             _checks.constant(x),
             cu_seqlens,
             counts,
@@ -115,9 +115,7 @@ def dpc_knn(
             None if noise is None else _checks.constant(noise),
         )
         return DPCKNNResult(ids, centers, density, delta, score, cu_clusters)
-    return backends.module(backend).dpc_knn(
-        x, cu_seqlens, counts, k=k, noise=noise, max_seqlen=max_seqlen, capacity=capacity
-    )
+    return reference.dpc_knn(x, cu_seqlens, counts, k=k, noise=noise, max_seqlen=max_seqlen, capacity=capacity)
 
 
 def merge_mean(
@@ -178,10 +176,10 @@ def merge_mean(
     capacity = _resolve_capacity(capacity, "num_clusters", counts, 0, None)
     counts = _checks.counts_tensor(counts, x.device)
     backend = backends.select("merge_mean", x.device.type, x.dtype)
-    if backend == backends.NATIVE:
-        merged, members = torch.ops.pruneops.merge_mean.default(x, cluster_ids, cu_seqlens, counts, capacity, weights)
+    if backend != backends.REFERENCE:
+        merged, members = backends.kernel(backend, "merge_mean")(x, cluster_ids, cu_seqlens, counts, capacity, weights)
         return merged, members
-    return backends.module(backend).merge_mean(x, cluster_ids, cu_seqlens, counts, weights=weights, capacity=capacity)
+    return reference.merge_mean(x, cluster_ids, cu_seqlens, counts, weights=weights, capacity=capacity)
 
 
 def position_means(
@@ -235,10 +233,10 @@ def position_means(
     capacity = _resolve_capacity(capacity, "num_positions", counts, 0, None)
     counts = _checks.counts_tensor(counts, x.device)
     backend = backends.select("position_means", x.device.type, x.dtype)
-    if backend == backends.NATIVE:
-        means, similarity = torch.ops.pruneops.position_means.default(x, cu_seqlens, counts, capacity)
+    if backend != backends.REFERENCE:
+        means, similarity = backends.kernel(backend, "position_means")(x, cu_seqlens, counts, capacity)
         return means, similarity
-    return backends.module(backend).position_means(x, cu_seqlens, counts, capacity=capacity)
+    return reference.position_means(x, cu_seqlens, counts, capacity=capacity)
 
 
 def _segment_counts(name: str, counts: Any, batch: int, device: torch.device) -> list[int] | Tensor:

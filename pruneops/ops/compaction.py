@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from pruneops import backends
+from pruneops import backends, reference
 from pruneops.ops import _checks
 from pruneops.ops.selection import _check_topk, _resolve_capacity
 
@@ -52,10 +52,10 @@ def gather_rows(x: Tensor | Sequence[Tensor], indices: Tensor) -> Tensor | list[
     unique = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     _checks.row_indices("indices", indices, tensors[0].shape[0], device, unique)
     backend = backends.select("gather_rows", device.type)
-    if backend == backends.NATIVE:
-        out = torch.ops.pruneops.gather_rows.default(tensors, indices)
+    if backend != backends.REFERENCE:
+        out = backends.kernel(backend, "gather_rows")(tensors, indices)
     else:
-        out = backends.module(backend).gather_rows(tensors, indices)
+        out = reference.gather_rows(tensors, indices)
     return out[0] if single else out
 
 
@@ -99,10 +99,10 @@ def scatter_rows(rows: Tensor | Sequence[Tensor], indices: Tensor, total: int) -
     if indices.shape[0] != tensors[0].shape[0]:
         raise ValueError(f"indices must have {tensors[0].shape[0]} entries, one a row, got {indices.shape[0]}")
     backend = backends.select("scatter_rows", device.type)
-    if backend == backends.NATIVE:
-        out = torch.ops.pruneops.scatter_rows.default(tensors, indices, total)
+    if backend != backends.REFERENCE:
+        out = backends.kernel(backend, "scatter_rows")(tensors, indices, total)
     else:
-        out = backends.module(backend).scatter_rows(tensors, indices, total)
+        out = reference.scatter_rows(tensors, indices, total)
     return out[0] if single else out
 
 
@@ -147,14 +147,12 @@ def select_compact(
     capacity = _resolve_capacity(capacity, counts, cu, protect, protected_counts, scores.shape[0])
     counts = _checks.counts_tensor(counts, scores.device)
     backend = backends.select("select_compact", scores.device.type, scores.dtype)
-    if backend == backends.NATIVE:
-        out, indices, cu_seqlens_out = torch.ops.pruneops.select_compact.default(
+    if backend != backends.REFERENCE:
+        out, indices, cu_seqlens_out = backends.kernel(backend, "select_compact")(
             _checks.constant(scores), tensors, cu_seqlens, counts, capacity, protect
         )
         return out, indices, cu_seqlens_out
-    return backends.module(backend).select_compact(
-        scores, tensors, cu_seqlens, counts, capacity=capacity, protect=protect
-    )
+    return reference.select_compact(scores, tensors, cu_seqlens, counts, capacity=capacity, protect=protect)
 
 
 def scatter_scaled(x: Tensor, residual: Tensor, branch: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -203,6 +201,6 @@ def scatter_scaled(x: Tensor, residual: Tensor, branch: Tensor, weights: Tensor,
     dtypes = _checks.FLOAT32 if x.dtype != torch.float64 else _checks.FLOAT32 | _checks.FLOAT64
     _checks.tensor("weights", weights, 1, dtypes, x.device, x.shape[0])
     backend = backends.select("scatter_scaled", x.device.type, x.dtype)
-    if backend == backends.NATIVE:
-        return torch.ops.pruneops.scatter_scaled.default(x, residual, branch, weights, indices)
-    return backends.module(backend).scatter_scaled(x, residual, branch, weights, indices)
+    if backend != backends.REFERENCE:
+        return backends.kernel(backend, "scatter_scaled")(x, residual, branch, weights, indices)
+    return reference.scatter_scaled(x, residual, branch, weights, indices)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneops import backends
+from pruneops import backends, reference
 from pruneops.ops import _checks
 from pruneops.ops.attention import _autocast
 
@@ -83,11 +83,9 @@ def policy_attention(
     epsilon = _epsilon(epsilon)
 
     backend = backends.select("policy_attention", q.device.type, q.dtype)
-    if backend == backends.NATIVE:
-        return torch.ops.pruneops.policy_attention.default(q, k, v, policy, cu_seqlens, max_seqlen, scale, epsilon)[0]
-    return backends.module(backend).policy_attention(
-        q, k, v, policy, cu_seqlens, max_seqlen, softmax_scale=scale, epsilon=epsilon
-    )
+    if backend != backends.REFERENCE:
+        return backends.kernel(backend, "policy_attention")(q, k, v, policy, cu_seqlens, max_seqlen, scale, epsilon)[0]
+    return reference.policy_attention(q, k, v, policy, cu_seqlens, max_seqlen, softmax_scale=scale, epsilon=epsilon)
 
 
 def _epsilon(value: Any) -> float:

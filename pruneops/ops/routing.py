@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from pruneops import backends
+from pruneops import backends, reference
 from pruneops.ops import _checks
 
 ACTIVATIONS = ("tanh", "sigmoid", "none")
@@ -71,8 +70,6 @@ def router_weights(
     _checks.choice("activation", activation, ACTIVATIONS)
     scale, shift = _checks.finite("scale", scale), _checks.finite("shift", shift)
     backend = backends.select("router_weights", x.device.type, x.dtype)
-    if backend == backends.NATIVE:
-        return torch.ops.pruneops.router_weights.default(x, weight, bias, target, activation, scale, shift)
-    return backends.module(backend).router_weights(
-        x, weight, bias, target=target, activation=activation, scale=scale, shift=shift
-    )
+    if backend != backends.REFERENCE:
+        return backends.kernel(backend, "router_weights")(x, weight, bias, target, activation, scale, shift)
+    return reference.router_weights(x, weight, bias, target=target, activation=activation, scale=scale, shift=shift)

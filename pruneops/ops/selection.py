@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneops import backends
+from pruneops import backends, reference
 from pruneops.ops import _checks
 
 
@@ -68,9 +68,9 @@ def segment_topk(
     capacity = _resolve_capacity(capacity, counts, cu, protect, protected_counts, scores.shape[0])
     counts = _checks.counts_tensor(counts, scores.device)
     backend = backends.select("segment_topk", scores.device.type, scores.dtype)
-    if backend == backends.NATIVE:
-        return torch.ops.pruneops.segment_topk.default(_checks.constant(scores), cu_seqlens, counts, capacity, protect)
-    return backends.module(backend).segment_topk(scores, cu_seqlens, counts, capacity=capacity, protect=protect)
+    if backend != backends.REFERENCE:
+        return backends.kernel(backend, "segment_topk")(_checks.constant(scores), cu_seqlens, counts, capacity, protect)
+    return reference.segment_topk(scores, cu_seqlens, counts, capacity=capacity, protect=protect)
 
 
 def segment_threshold(
@@ -126,8 +126,8 @@ def segment_threshold(
     if capacity is None and scores.device.type != "cpu":
         capacity = scores.shape[0]
     backend = backends.select("segment_threshold", scores.device.type, scores.dtype)
-    if backend == backends.NATIVE:
-        return torch.ops.pruneops.segment_threshold.default(
+    if backend != backends.REFERENCE:
+        return backends.kernel(backend, "segment_threshold")(
             _checks.constant(scores),
             cu_seqlens,
             threshold,
@@ -135,7 +135,7 @@ def segment_threshold(
             least,
             protect,
         )
-    return backends.module(backend).segment_threshold(
+    return reference.segment_threshold(
         scores, cu_seqlens, threshold, min_keep=least, capacity=capacity, protect=protect
     )
 

@@ -1,17 +1,22 @@
-"""What the GPU tests share: moving arguments, the CPU kernels as oracle, graph capture, a guard against waiting."""
+"""What the GPU tests share: moving arguments, the CPU kernels as oracle, graph capture, a guard against waiting.
+
+Which kernels run on the device is up to the fixtures ``backend``, ``native`` and ``triton``. With
+``PRUNEOPS_GPU_REHEARSAL=1`` the device is the CPU; those in Triton then need ``TRITON_INTERPRET=1``.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pruneops import backends, ops, reference
+from pruneops import _triton_library, backends, ops, reference, testing
 from pruneops.ops import DPCKNNResult
 from pruneops.testing import (
     BACKWARD_FACTOR,
@@ -19,7 +24,6 @@ from pruneops.testing import (
     PEER_ORDERS,
     AttentionInputs,
     assert_bitwise_equal,
-    assert_repeatable,
     assert_within_rounding,
     peer_attention,
     peer_policy_attention,
@@ -27,6 +31,9 @@ from pruneops.testing import (
     peer_scores,
     strided,
 )
+
+# The interpreter runs one block after the other, so twice gives the same and takes twice as long.
+repeatable = (lambda call: call()) if _triton_library.interpreting else testing.assert_repeatable
 
 REHEARSAL = os.environ.get("PRUNEOPS_GPU_REHEARSAL") == "1"
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
@@ -46,17 +53,41 @@ def on_cpu(value: Any) -> Any:
     return tree_map_only(Tensor, lambda x: x.cpu(), value)
 
 
+def forced_op(op: str) -> Any:
+    """The op of the backend under test, as torch knows it."""
+    backend = backends.select(op.removesuffix("_backward"), DEVICE.type)
+    return getattr(getattr(torch.ops, backends.NAMESPACES[backend]), op).default
+
+
 def raw(op: str, *args: Any) -> Any:
-    """The op itself, without the checks of its front-end: the kernel has to cope with any values."""
+    """The op under test itself, without the checks of its front-end: the kernel has to cope with any values."""
+    return forced_op(op)(*args)
+
+
+def cpu_kernel(op: str, *args: Any) -> Any:
+    """What the compiled CPU kernel makes of the same call."""
     return getattr(torch.ops.pruneops, op).default(*args)
 
 
+def on_both(call: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    """``call(*args)`` on the device by the backend under test, and on the CPU by the compiled kernels."""
+    ours = on_cpu(call(*on_device(args)))
+    with backends.use(backends.NATIVE):
+        return ours, call(*args)
+
+
 def assert_equals_cpu_kernel(op: str, *args: Any) -> Any:
-    """Asserts that the kernels of both devices write equal bytes, twice, whatever memory held before."""
-    ours = assert_repeatable(lambda: raw(op, *on_device(args)))
+    """Asserts that the kernel under test writes the bytes of the CPU kernel, twice, whatever memory held before."""
+    ours = repeatable(lambda: raw(op, *on_device(args)))
     assert all(x.device.type == DEVICE.type for x in tree_leaves(ours))
-    assert_bitwise_equal(on_cpu(ours), raw(op, *args), op)
+    assert_bitwise_equal(on_cpu(ours), cpu_kernel(op, *args), op)
     return ours
+
+
+def first_rehearsed(values: Iterable[Any]) -> list[Any]:
+    """The values of a parametrised test, the first of which is also rehearsed under Triton's interpreter."""
+    first, *others = values
+    return [pytest.param(first, marks=pytest.mark.rehearsed), *others]
 
 
 # Views with the values of a dense device tensor.
@@ -101,7 +132,7 @@ def assert_scores_within_rounding(
     **options: Any,
 ) -> Tensor:
     """Compares the device's scores with a float64 oracle on the CPU; plain torch in float32 sets the tolerance."""
-    ours = assert_repeatable(lambda: call(ops, inputs_on_device(inputs, view), **on_device(options)))
+    ours = repeatable(lambda: call(ops, inputs_on_device(inputs, view), **on_device(options)))
     assert ours.dtype == torch.float32 and ours.shape == (inputs.k.shape[0],)
     assert ours.device.type == DEVICE.type
     options.pop("softmax_lse", None)
@@ -216,7 +247,7 @@ def assert_policy_within_rounding(
     """Compares output and gradients on the device with a float64 oracle on the CPU."""
     dout = torch.randn_like(inputs.q)
     moved, policy_moved, dout_moved = inputs_on_device(inputs, view), on_device(policy), view(on_device(dout))
-    ours = assert_repeatable(lambda: policy_attention(ops, moved, policy_moved, dout_moved, **options))
+    ours = repeatable(lambda: policy_attention(ops, moved, policy_moved, dout_moved, **options))
     oracle = policy_attention(reference, inputs.to(torch.float64), policy.double(), dout, **options)
     orders = PEER_ORDERS if inputs.q.dtype == torch.float32 else (0,)
     peers = [[peer_policy_attention(inputs, policy, order=order, **options)] for order in orders]
@@ -236,17 +267,26 @@ def assert_policy_within_rounding(
 
 
 @contextmanager
-def no_synchronisation() -> Iterator[None]:
-    """Turns every wait of the host for the device that torch knows of into an error."""
+def _sync_debug_mode(mode: str) -> Iterator[None]:
     if REHEARSAL:
         yield
         return
     previous = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode(mode)
     try:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(previous)
+
+
+def no_synchronisation() -> AbstractContextManager[None]:
+    """Turns every wait of the host for the device that torch knows of into an error."""
+    return _sync_debug_mode("error")
+
+
+def synchronisation() -> AbstractContextManager[None]:
+    """Within `no_synchronisation`: where waiting is allowed."""
+    return _sync_debug_mode("default")
 
 
 class Captured:

@@ -10,19 +10,22 @@ from gpu_support import (
     REHEARSAL,
     assert_density_peaks,
     assert_equals_cpu_kernel,
+    cpu_kernel,
     every_second,
+    on_both,
     on_cpu,
     on_device,
     raw,
+    repeatable,
     with_gaps,
 )
 from torch import Tensor
 
 from pruneops import ops, reference
 from pruneops.ops import DPCKNNResult
-from pruneops.testing import LENGTHS, assert_bitwise_equal, assert_repeatable, cu_seqlens_of
+from pruneops.testing import LENGTHS, assert_bitwise_equal, cu_seqlens_of
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("native")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("backend")]
 
 MORE_LENGTHS = {**LENGTHS, "tiny512": (34,) * 512, "frames": (144,) * 16, "image": (576,)}
 
@@ -30,7 +33,7 @@ MORE_LENGTHS = {**LENGTHS, "tiny512": (34,) * 512, "frames": (144,) * 16, "image
 def clusters(x: Tensor, lengths: tuple[int, ...], counts: list[int], *, k: int = 5, **options: object) -> DPCKNNResult:
     """The result on the device, the same twice, checked against float64."""
     args, options = on_device((x, cu_seqlens_of(lengths), counts)), on_device(options)
-    ours = DPCKNNResult(*assert_repeatable(lambda: list(ops.dpc_knn(*args, k=k, **options))))
+    ours = DPCKNNResult(*repeatable(lambda: list(ops.dpc_knn(*args, k=k, **options))))
     assert all(part.device.type == DEVICE.type for part in ours)
     ours = on_cpu(ours)
     noise = on_cpu(options.get("noise"))
@@ -112,6 +115,7 @@ def test_any_number_of_neighbours_makes_the_density(k):
     clusters(torch.randn(480, 32), (400, 80), [20, 4], k=k)
 
 
+@pytest.mark.rehearsed
 def test_equal_rows_become_centres_in_order():
     result = clusters(torch.full((90, 5), 0.3), (90,), [4])
     assert result.center_indices.tolist() == [0, 1, 2, 3]
@@ -185,7 +189,7 @@ def test_boundaries_on_a_device_are_clamped_as_on_the_cpu(boundaries):
     x, cu_seqlens = lattice(20), torch.tensor(boundaries, dtype=torch.int32)
     counts = torch.tensor([3, -1, 100], dtype=torch.int32)
     args = (x, cu_seqlens, counts, 5, 20, 12)
-    for ours, expected in zip(on_cpu(raw("dpc_knn", *on_device(args))), raw("dpc_knn", *args), strict=True):
+    for ours, expected in zip(on_cpu(raw("dpc_knn", *on_device(args))), cpu_kernel("dpc_knn", *args), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
     ids = torch.randint(-1, 5, (20,), dtype=torch.int32)
     assert_equals_cpu_kernel("merge_mean", x, ids, cu_seqlens, counts, 12)
@@ -227,6 +231,7 @@ def test_one_cluster_of_many_rows_and_many_clusters_of_one_row():
     assert_equals_cpu_kernel("merge_mean", x, ids.flip(0), cu_seqlens, torch.tensor([5000], dtype=torch.int32), 5000)
 
 
+@pytest.mark.rehearsed
 def test_a_cluster_without_weight_is_zero_and_its_members_are_counted():
     x, weights = torch.randn(6, 5), torch.tensor([0.0, 0.0, 1.0, 0.5, 0.0, 3.0])
     ids = torch.tensor([0, 0, 1, 1, 1, 3], dtype=torch.int32)
@@ -241,15 +246,13 @@ def test_gradients_of_means_equal_those_on_the_cpu():
     ids, counts = torch.randint(-1, 6, (50,), dtype=torch.int32), [6, 6]
     x, weights, upstream = torch.randn(50, 7), torch.rand(50), torch.randn(12, 7)
 
-    def gradients(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, weights, ids, cu_seqlens, upstream = args
+    def gradients(x: Tensor, weights: Tensor, ids: Tensor, cu_seqlens: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
         leaves = x.clone().requires_grad_(), weights.clone().requires_grad_()
         merged, _ = ops.merge_mean(leaves[0], ids, cu_seqlens, counts, weights=leaves[1])
         return torch.autograd.grad(merged, leaves, upstream)
 
-    args = (x, weights, ids, cu_seqlens_of([30, 20]), upstream)
-    for ours, expected in zip(on_cpu(gradients(on_device(args))), gradients(args), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    ours, expected = on_both(gradients, x, weights, ids, cu_seqlens_of([30, 20]), upstream)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_clusters_merge_to_one_row_each_without_a_count_on_the_host():

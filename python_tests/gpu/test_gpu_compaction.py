@@ -11,6 +11,7 @@ from gpu_support import (
     assert_equals_cpu_kernel,
     every_second,
     head_major,
+    on_both,
     on_cpu,
     on_device,
     raw,
@@ -20,7 +21,7 @@ from gpu_support import (
 from pruneops import ops
 from pruneops.testing import LENGTHS, assert_bitwise_equal, cu_seqlens_of, random_tensor, some_indices
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("backend")]
 
 ANY_DTYPE = (
     torch.float32,
@@ -56,6 +57,7 @@ def test_a_list_moves_many_tensors_of_different_dtypes():
     assert raw("gather_rows", [], on_device(indices)) == []
 
 
+@pytest.mark.rehearsed
 @pytest.mark.parametrize("bad", [-2, 4, 2**31 - 1, -(2**31)])
 def test_an_index_out_of_range_gives_zeros_and_writes_nothing(bad):
     x, indices = torch.ones(4, 5), torch.tensor([bad, 1, -1], dtype=torch.int32)
@@ -100,7 +102,7 @@ def test_strided_inputs_give_the_same_result(dtype, width, view):
     assert_bitwise_equal(raw("scatter_rows", [x], spaced, 30), raw("scatter_rows", [dense], indices, 30))
 
 
-def test_outputs_are_contiguous_and_do_not_alias_their_input(native):
+def test_outputs_are_contiguous_and_do_not_alias_their_input():
     x = torch.randn(4, 6, device=DEVICE).t()
     out = ops.gather_rows(x, torch.arange(6, dtype=torch.int32, device=DEVICE))
     assert out.is_contiguous() and out.data_ptr() != x.data_ptr()
@@ -132,7 +134,7 @@ def test_select_compact_equals_the_cpu_kernel(lengths, dtype, protected):
         assert_equals_cpu_kernel("select_compact", scores, tensors, cu_seqlens, counts, capacity, protect)
 
 
-def test_select_compact_is_topk_then_gather(native):
+def test_select_compact_is_topk_then_gather():
     total = 5000
     scores, x = torch.randn(total, device=DEVICE), torch.randn(total, 96, device=DEVICE)
     cu_seqlens = cu_seqlens_of([2880, 0, 2120]).to(DEVICE)
@@ -143,27 +145,26 @@ def test_select_compact_is_topk_then_gather(native):
     assert (ours[0][0][int(kept[-1]) :] == 0).all()
 
 
-def test_select_compact_without_tensors_only_selects(native):
+@pytest.mark.rehearsed
+def test_select_compact_without_tensors_only_selects():
     scores = torch.arange(4.0, device=DEVICE)
     moved, indices, kept = ops.select_compact(scores, [], cu_seqlens_of([4]).to(DEVICE), [2])
     assert moved == [] and indices.tolist() == [2, 3] and kept.tolist() == [0, 2]
 
 
-def test_gradients_equal_those_of_the_cpu_kernels(native):
+@pytest.mark.rehearsed
+def test_gradients_equal_those_of_the_cpu_kernels():
     lengths = (50, 0, 700)
     total = sum(lengths)
-    scores, cu_seqlens, labels = torch.randn(total), cu_seqlens_of(lengths), torch.arange(total)
-    hidden, other = torch.randn(total, 40), torch.randn(total)
+    backwards = torch.arange(399, -1, -1, dtype=torch.int32)
+
+    def gradients(scores, cu_seqlens, counts, labels, weight, backwards, *leaves):
+        x, y = (leaf.clone().requires_grad_() for leaf in leaves)
+        (moved, _, moved_y), indices, _ = ops.select_compact(scores, [x, labels, y], cu_seqlens, counts, capacity=400)
+        again = ops.scatter_rows(ops.gather_rows(moved, backwards), indices, total)
+        loss = (moved * weight).sum() + moved_y.sum() + (again[:400] * weight).sum()
+        return list(torch.autograd.grad(loss, (x, y)))
+
     counts = torch.tensor([20, 0, 333], dtype=torch.int32)
-    weight = torch.randn(400, 40)
-    grads = []
-    for device in ("cpu", DEVICE):
-        x, y = (t.clone().to(device).requires_grad_() for t in (hidden, other))
-        s, b, c, extra, w = (t.to(device) for t in (scores, cu_seqlens, counts, labels, weight))
-        (moved, _, moved_y), indices, _ = ops.select_compact(s, [x, extra, y], b, c, capacity=400)
-        again = ops.scatter_rows(
-            ops.gather_rows(moved, torch.arange(399, -1, -1, dtype=torch.int32, device=device)), indices, total
-        )
-        ((moved * w).sum() + moved_y.sum() + (again[:400] * w).sum()).backward()
-        grads.append([x.grad.cpu(), y.grad.cpu()])
-    assert_bitwise_equal(*grads)
+    args = torch.randn(total), cu_seqlens_of(lengths), counts, torch.arange(total), torch.randn(400, 40), backwards
+    assert_bitwise_equal(*on_both(gradients, *args, torch.randn(total, 40), torch.randn(total)))

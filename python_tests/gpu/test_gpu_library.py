@@ -1,4 +1,4 @@
-"""Where there is a GPU there is a CUDA library with every kernel that it should have."""
+"""Where there is a GPU there is every kernel that there should be, compiled and in Triton."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from gpu_support import DEVICE, NATIVE_OPS, REHEARSAL, on_device, raw
 
 import pruneops
-from pruneops import backends
+from pruneops import _library, backends
 from pruneops.testing import cu_seqlens_of
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +27,17 @@ def test_the_op_has_a_compiled_kernel(op, native):
     assert backends.explain(op, DEVICE.type).splitlines()[0].endswith(": native")
 
 
-def test_a_kernel_refuses_tensors_on_two_devices():
+@pytest.mark.rehearsed
+@pytest.mark.triton
+def test_every_op_has_a_kernel_in_triton(triton):
+    from pruneops.triton import KERNELS
+
+    assert set(KERNELS) == set(_library.op_names())
+    for op in backends.OPS:
+        assert backends.explain(op, DEVICE.type).splitlines()[0].endswith(": triton")
+
+
+def test_a_kernel_refuses_tensors_on_two_devices(native):
     scores, cu_seqlens, counts = torch.randn(8), cu_seqlens_of([8]), torch.tensor([3], dtype=torch.int32)
     if REHEARSAL:
         return

@@ -1,4 +1,4 @@
-"""Every op with a CUDA kernel passes torch.library.opcheck there: schema, autograd, fake kernel and tracing agree."""
+"""Every op passes torch.library.opcheck on a GPU: schema, autograd, fake kernel and tracing agree."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_support import DEVICE, NATIVE_OPS, on_device
+from gpu_support import DEVICE, NATIVE_OPS, first_rehearsed, forced_op, on_device
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pruneops import backends
 from pruneops.testing import attention_inputs, cu_seqlens_of
 
 pytestmark = pytest.mark.gpu
@@ -47,6 +48,16 @@ def compact() -> tuple[Any, ...]:
 def policy() -> tuple[Any, ...]:
     inputs = attention_inputs((5, 0, 7), head_dim=8)
     return inputs.q, inputs.k, inputs.v, torch.rand(12), inputs.cu_seqlens_q, 7, 0.3, 1e-6
+
+
+def varlen() -> tuple[Any, ...]:
+    inputs = attention_inputs((5, 0, 7), (6, 2, 7), head_dim=8)
+    return *inputs.args, False, 0.3, torch.randint(0, 7, (12,), dtype=torch.int32)
+
+
+def decode() -> tuple[Any, ...]:
+    k, v = torch.randn(2, 3, 9, 2, 8)
+    return torch.randn(3, 4, 8), k, v, int32(9, 0, 4), 0.3, 0, True
 
 
 def last_query() -> tuple[Any, ...]:
@@ -96,6 +107,8 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "merge_mean": means,
     "position_means": lambda: (torch.randn(9, 6), cu_seqlens_of([4, 0, 5]), int32(2, -1, 2), 7),
 }
+# Ops that no compiled kernel for a GPU has.
+TRITON_CASES = {"varlen_attention": varlen, "decode_attention": decode}
 DIFFERENTIABLE = ("gather_rows", "scatter_rows", "select_compact", "merge_mean", "position_means")
 DIFFERENTIABLE += ("scatter_scaled", "router_weights", "policy_attention")
 
@@ -107,28 +120,51 @@ def needing_grad(args: Any) -> Any:
     return tree_map_only(Tensor, mark, args)
 
 
-@pytest.mark.parametrize("op", CASES)
-def test_opcheck(op):
-    results = opcheck(getattr(torch.ops.pruneops, op).default, on_device(CASES[op]()))
-    assert set(results.values()) == {"SUCCESS"}
+def check(op: str, args: Any) -> None:
+    assert set(opcheck(forced_op(op), args).values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_opcheck_with_gradients(op):
-    results = opcheck(getattr(torch.ops.pruneops, op).default, needing_grad(on_device(CASES[op]())))
-    assert set(results.values()) == {"SUCCESS"}
+@pytest.mark.parametrize("op", first_rehearsed(CASES))
+def test_opcheck(op, backend):
+    check(op, on_device(CASES[op]()))
 
 
-def test_every_op_with_a_cuda_kernel_is_checked():
+@pytest.mark.parametrize("op", first_rehearsed(DIFFERENTIABLE))
+def test_opcheck_with_gradients(op, backend):
+    check(op, needing_grad(on_device(CASES[op]())))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("op", TRITON_CASES)
+def test_opcheck_of_attention(op, triton):
+    check(op, on_device(TRITON_CASES[op]()))
+
+
+@pytest.mark.triton
+def test_opcheck_of_attention_with_gradients(triton):
+    check("varlen_attention", needing_grad(on_device(varlen())))
+
+
+def test_every_op_is_checked():
     assert set(CASES) == set(NATIVE_OPS)
+    assert {*CASES, *TRITON_CASES} == set(backends.OPS)
 
 
-@pytest.mark.parametrize("op", CASES)
-def test_fake_tensors_have_the_shape_dtype_and_strides_of_real_ones(op):
-    args = on_device(CASES[op]())
-    function = getattr(torch.ops.pruneops, op).default
+def compare_with_fake(op: str, args: Any) -> None:
+    function = forced_op(op)
     real = tree_leaves(function(*args))
     meta = tree_leaves(function(*tree_map_only(Tensor, lambda x: x.to("meta"), args)))
     for a, b in zip(real, meta, strict=True):
         assert a.device.type == DEVICE.type
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize("op", first_rehearsed(CASES))
+def test_fake_tensors_have_the_shape_dtype_and_strides_of_real_ones(op, backend):
+    compare_with_fake(op, on_device(CASES[op]()))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("op", TRITON_CASES)
+def test_fake_tensors_of_attention_have_the_shape_dtype_and_strides_of_real_ones(op, triton):
+    compare_with_fake(op, on_device(TRITON_CASES[op]()))

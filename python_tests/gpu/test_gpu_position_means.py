@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_support import DTYPES, on_cpu, on_device, raw, with_gaps
+from gpu_support import DTYPES, cpu_kernel, on_both, on_cpu, on_device, raw, repeatable, with_gaps
 from torch import Tensor
 
 from pruneops import ops, reference
-from pruneops.testing import LENGTHS, assert_bitwise_equal, assert_repeatable, cu_seqlens_of
+from pruneops.testing import LENGTHS, assert_bitwise_equal, cu_seqlens_of
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("native")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("backend")]
 
 
 def check(x: Tensor, cu_seqlens: Tensor, positions: list[int], capacity: int) -> None:
     args = x, cu_seqlens, torch.tensor(positions, dtype=torch.int32), capacity
-    means, similarity = on_cpu(assert_repeatable(lambda: raw("position_means", *on_device(args))))
-    assert_bitwise_equal(means, raw("position_means", *args)[0])
+    means, similarity = on_cpu(repeatable(lambda: raw("position_means", *on_device(args))))
+    assert_bitwise_equal(means, cpu_kernel("position_means", *args)[0])
     exact = reference.position_means(x.double(), cu_seqlens, positions, capacity=capacity)[1]
     torch.testing.assert_close(similarity.double(), exact, rtol=1e-6, atol=3e-7, equal_nan=True)
 
@@ -49,6 +49,7 @@ def test_boundaries_and_counts_that_lie():
         check(x, cu_seqlens, positions, 20)
 
 
+@pytest.mark.rehearsed
 def test_rows_beyond_the_range_of_a_square_and_rows_of_zeros():
     x = torch.randn(4, 5, 40)
     x[::2, 0] *= 1e30
@@ -63,10 +64,11 @@ def test_positions_of_spaced_rows_are_those_of_dense_ones():
     assert_bitwise_equal(list(ops.position_means(with_gaps(dense), cu_seqlens, 30)), expected)
 
 
+@pytest.mark.rehearsed
 def test_gradients_of_means_over_frames_equal_those_on_the_cpu():
     def gradient(x: Tensor, cu_seqlens: Tensor, upstream: Tensor) -> Tensor:
         x = x.clone().requires_grad_()
         return torch.autograd.grad(ops.position_means(x, cu_seqlens, [6, 7])[0], x, upstream)[0]
 
     args = torch.randn(50, 7), cu_seqlens_of([30, 20]), torch.randn(13, 7)
-    torch.testing.assert_close(gradient(*on_device(args)).cpu(), gradient(*args))
+    torch.testing.assert_close(*on_both(gradient, *args))

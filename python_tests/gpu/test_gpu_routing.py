@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_support import DEVICE, DTYPES, every_second, on_cpu, on_device, raw, with_gaps
+from gpu_support import DEVICE, DTYPES, every_second, on_cpu, on_device, raw, repeatable, with_gaps
 from torch import Tensor
 
 from pruneops import reference
@@ -15,13 +15,12 @@ from pruneops.testing import (
     BACKWARD_FACTOR,
     PEER_ORDERS,
     assert_bitwise_equal,
-    assert_repeatable,
     assert_within_rounding,
     peer_router,
     peer_scatter_scaled,
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("native")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("backend")]
 
 # Narrower than a warp's 16-byte accesses, odd, off every alignment, a model's, and beyond one slice of columns.
 COLUMNS = (0, 1, 7, 8, 63, 128, 515, 896, 4096, 5120)
@@ -46,12 +45,12 @@ def check(
 ) -> None:
     """Forward and backward by the tolerance rule; peers are plain torch on the CPU in the dtype of the inputs."""
     device = on_device(args)
-    ours = assert_repeatable(lambda: op(*device))
+    ours = repeatable(lambda: op(*device))
     assert ours.device.type == DEVICE.type
     expected = oracle(*double(args))
     assert_within_rounding(ours.cpu(), [peer(*args) for peer in peers], expected)
     dout = 0.5 + torch.rand(expected.shape)  # of one sign, or a gradient of one value could be anything
-    ours = assert_repeatable(lambda: gradients(op, device, leaves, dout))
+    ours = repeatable(lambda: gradients(op, device, leaves, dout))
     expected = gradients(oracle, double(args), leaves, dout)
     others = [gradients(peer, args, leaves, dout) for peer in peers]
     for i in range(leaves):
@@ -115,6 +114,7 @@ def test_scatter_scaled_of_strided_inputs(view):
     assert_bitwise_equal(ours, raw("scatter_scaled_backward", dense[0], dense[0], dense[2], weights, indices))
 
 
+@pytest.mark.rehearsed
 def test_scatter_scaled_does_not_read_what_it_replaces():
     x, residual, branch, weights, indices = on_device(scaled_inputs(19, 24, (0, 3, -1), torch.float32))
     dout = torch.randn_like(x)
@@ -134,7 +134,7 @@ def router_inputs(total: int, columns: int, dtype: torch.dtype, *, masked: bool,
     return [*tensors[: 3 if biased else 2], torch.rand(total) < 0.7 if masked else None]
 
 
-def native_router(*args: Any) -> Any:
+def router(*args: Any) -> Any:
     return raw("router_weights", *args)
 
 
@@ -144,7 +144,7 @@ def check_router(args: Sequence[Any], activation: str = "tanh") -> None:
 
     def ours(*args: Any) -> Tensor:
         *leaves, target = args
-        return native_router(*leaves, *[None] * (3 - len(leaves)), target, *options.values())[1]
+        return router(*leaves, *[None] * (3 - len(leaves)), target, *options.values())[1]
 
     def weights_of(function: Callable[..., Any], **more: Any) -> Callable[..., Tensor]:
         return lambda *args: function(*args[:-1], target=args[-1], **options, **more)[1]
@@ -174,18 +174,19 @@ def test_router_of_many_rows(total):
 
 def test_logits_rank_and_other_rows_come_last():
     x, weight, bias, target = on_device(router_inputs(500, 128, torch.bfloat16, masked=True, biased=True))
-    logits, weights = native_router(x, weight, bias, target, "tanh", 0.2, 1.0)
+    logits, weights = router(x, weight, bias, target, "tanh", 0.2, 1.0)
     oracle = on_cpu(x).double() @ on_cpu(weight).double() + on_cpu(bias).double()
     torch.testing.assert_close(on_cpu(logits)[on_cpu(target)].double(), oracle[on_cpu(target)], rtol=1e-4, atol=1e-5)
     assert (logits[~target] == -torch.inf).all() and (weights[~target] == 1.0).all()
 
 
+@pytest.mark.rehearsed
 def test_router_does_not_read_unrouted_rows():
     x, weight, bias, target = on_device(router_inputs(100, 40, torch.float32, masked=True, biased=True))
     dout = torch.randn(100, device=DEVICE)
 
     def call() -> Any:
-        logits, weights = native_router(x, weight, bias, target, "tanh", 0.2, 1.0)
+        logits, weights = router(x, weight, bias, target, "tanh", 0.2, 1.0)
         return logits, weights, raw("router_weights_backward", dout, logits, x, weight, target, "tanh", 0.2)
 
     clean = call()
@@ -200,8 +201,8 @@ def test_router_of_strided_inputs(view):
     x, weight, bias, target = on_device(router_inputs(70, 40, torch.bfloat16, masked=True, biased=True))
     views = [view(x), view(weight), bias, every_second(target)]
     dense = [v.contiguous() for v in views]
-    ours = native_router(*views, "tanh", 0.2, 1.0)
-    assert_bitwise_equal(ours, native_router(*dense, "tanh", 0.2, 1.0))
+    ours = router(*views, "tanh", 0.2, 1.0)
+    assert_bitwise_equal(ours, router(*dense, "tanh", 0.2, 1.0))
     dout = torch.randn(70, device=DEVICE)
     results = [
         raw("router_weights_backward", d, ours[0], v[0], v[1], v[3], "tanh", 0.2)

@@ -12,6 +12,7 @@ from gpu_support import (
     DTYPES,
     Captured,
     assert_equals_cpu_kernel,
+    cpu_kernel,
     every_second,
     on_cpu,
     on_device,
@@ -25,7 +26,7 @@ from torch import Tensor
 from pruneops import ops
 from pruneops.testing import LENGTHS, assert_bitwise_equal, cu_seqlens_of
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("backend")]
 
 SPECIAL = (math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 1.0, -1.0, 1e-30, -1e-40)
 KINDS = ("distinct", "ties", "equal", "special", "normal")
@@ -121,7 +122,7 @@ def test_long_segments_among_short_ones_equal_the_cpu_kernel(lengths, kind, dtyp
             assert_equals_cpu_kernel("segment_threshold", scores, cu_seqlens, 0.3, capacity, counts, kept)
 
 
-def test_a_graph_captured_with_one_long_segment_replays_with_other_lengths(native):
+def test_a_graph_captured_with_one_long_segment_replays_with_other_lengths():
     """Which segments several blocks share is decided on the device, so a replay may share others, or none."""
     total, capacity = 60_000, 20_000
     scores = torch.randn(total, device=DEVICE)
@@ -142,21 +143,23 @@ def test_a_graph_captured_with_one_long_segment_replays_with_other_lengths(nativ
         counts.copy_(torch.tensor([n // 7 for n in lengths], dtype=torch.int32))
         protect.copy_(torch.rand(total) < 0.05)
         expected = [
-            raw("segment_topk", *on_cpu((scores, cu_seqlens, counts)), capacity, protect.cpu()),
-            raw("segment_threshold", *on_cpu((scores, cu_seqlens)), 1.0, capacity, *on_cpu((counts, protect))),
-            raw("select_compact", scores.cpu(), [scores.cpu()], *on_cpu((cu_seqlens, counts)), capacity, protect.cpu()),
+            cpu_kernel("segment_topk", *on_cpu((scores, cu_seqlens, counts)), capacity, protect.cpu()),
+            cpu_kernel("segment_threshold", *on_cpu((scores, cu_seqlens)), 1.0, capacity, *on_cpu((counts, protect))),
+            cpu_kernel("select_compact", *on_cpu((scores, [scores], cu_seqlens, counts)), capacity, protect.cpu()),
         ]
         assert_bitwise_equal(on_cpu(list(captured.replay())), expected, str(lengths))
 
 
-def test_nan_ranks_below_minus_infinity_and_signed_zeros_are_equal(native):
+@pytest.mark.rehearsed
+def test_nan_ranks_below_minus_infinity_and_signed_zeros_are_equal():
     scores = torch.tensor([math.nan, -math.inf, -0.0, 0.0], device=DEVICE)
     cu_seqlens = cu_seqlens_of([4]).to(DEVICE)
     order = [ops.segment_topk(scores, cu_seqlens, [k])[0].tolist() for k in range(5)]
     assert order == [[], [2], [2, 3], [1, 2, 3], [0, 1, 2, 3]]
 
 
-def test_protected_rows_stay_and_do_not_count(native):
+@pytest.mark.rehearsed
+def test_protected_rows_stay_and_do_not_count():
     scores = torch.tensor([9.0, 1.0, 2.0, 3.0, 0.0, math.nan], device=DEVICE)
     protect = torch.tensor([True, False, False, False, False, True], device=DEVICE)
     cu_seqlens = cu_seqlens_of([4, 2]).to(DEVICE)
@@ -219,4 +222,4 @@ def test_any_ragged_batch_equals_the_cpu_kernel(lengths, seed, kind, protected, 
         ("segment_topk", (scores, cu_seqlens, counts, capacity, protect)),
         ("segment_threshold", (scores, cu_seqlens, threshold, capacity, counts, protect)),
     ):
-        assert_bitwise_equal(on_cpu(raw(op, *on_device(args))), raw(op, *args), op)
+        assert_bitwise_equal(on_cpu(raw(op, *on_device(args))), cpu_kernel(op, *args), op)
