@@ -99,7 +99,7 @@ test: test-cpp  ## build and run the tests, C++ and Python (without those marked
 .PHONY: test-all
 test-all: test-cpp  ## everything: slow tests, long fuzzing, other instruction sets, transformers versions, sanitizers
 	PRUNEOPS_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(PY) -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
-	$(MAKE) test-isa test-triton test-transformers sanitize
+	$(MAKE) test-isa test-triton-all test-transformers sanitize
 
 # The model tests again on the oldest supported and the newest transformers, each unpacked beside the installed one.
 .PHONY: test-transformers
@@ -113,12 +113,12 @@ test-transformers: build  ## run the model tests on other versions of transforme
 	    python_tests/test_pyramiddrop_goldens.py python_tests/test_prunevid_goldens.py python_tests/test_cache.py python_tests/test_small_model.py; \
 	done
 
-# The op tests through Triton's interpreter, and every kernel in every configuration compiled for the GPUs of today; then
-# the same ops, and one configuration each, with the other versions of Triton, each unpacked beside the installed one.
+# The op tests through Triton's interpreter, and every op compiled for the GPUs of today; then the ops again with the other
+# versions of Triton, each unpacked beside the installed one. `make test-triton-all` compiles every configuration.
 .PHONY: test-triton
 test-triton: build  ## test the Triton kernels, interpreted and compiled (TRITON_OLD="3.6.0": other versions, shorter)
 	TRITON_INTERPRET=1 PRUNEOPS_BACKEND=triton $(PY) -m pytest -q -n $(TEST_JOBS) -m "not slow" $(TRITON_TESTS) $(PYTEST_ARGS)
-	$(PY) -m pytest -q -n $(TEST_JOBS) $(TRITON_AHEAD) $(PYTEST_ARGS)
+	$(PY) -m pytest -q -n $(TEST_JOBS) $(TRITON_AHEAD) -k "every_op" $(PYTEST_ARGS)
 	@for version in $(TRITON_OLD); do \
 	  folder=build/triton-$$version; \
 	  test -d $$folder || $(PIP) install -q --no-deps --target $$folder triton==$$version; \
@@ -126,8 +126,12 @@ test-triton: build  ## test the Triton kernels, interpreted and compiled (TRITON
 	  export PYTHONPATH=$$folder; \
 	  $(PY) -c "import triton as t; assert t.__version__ == '$$version', t.__version__"; \
 	  TRITON_INTERPRET=1 PRUNEOPS_BACKEND=triton $(PY) -m pytest -q -n $(TEST_JOBS) python_tests/test_opcheck.py; \
-	  $(PY) -m pytest -q -n $(TEST_JOBS) $(TRITON_AHEAD) -k "odd_shapes or last_candidate"; \
+	  $(PY) -m pytest -q -n $(TEST_JOBS) $(TRITON_AHEAD) -k "every_op"; \
 	done
+
+.PHONY: test-triton-all
+test-triton-all: test-triton  ## compile the Triton kernels in every configuration as well (about half an hour)
+	$(PY) -m pytest -q -n $(TEST_JOBS) $(TRITON_AHEAD) $(PYTEST_ARGS)
 
 # `make test` covers the instruction set that is active on its own.
 .PHONY: test-isa

@@ -191,6 +191,7 @@ def test_a_second_derivative_is_refused_and_the_reference_has_it():
     assert q.grad is not None
 
 
+@pytest.mark.usefixtures("unforced")
 def test_cache_slots_with_a_gradient_run_on_the_reference():
     inputs = attention_inputs((3,), (5,))
     k, v = inputs.k[None], inputs.v[None]

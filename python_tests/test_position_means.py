@@ -15,6 +15,7 @@ from pruneops.testing import (
     assert_bitwise_equal,
     assert_repeatable,
     assert_within_rounding,
+    backend_under_test,
     cu_seqlens_of,
     strided,
 )
@@ -70,7 +71,7 @@ def test_positions_have_the_mean_of_their_frames_and_the_mean_cosine_of_their_pa
     assert_within_rounding(similarity, peer[1], exact[1], condition=2.0, name="similarity")
     expected = reference.position_means(x.double(), cu_seqlens_of(lengths), positions)
     torch.testing.assert_close(expected, exact, equal_nan=True)
-    assert dict(native_calls) == {("position_means", "native"): 1}
+    assert dict(native_calls) == {("position_means", backend_under_test()): 1}
 
 
 @pytest.mark.parametrize("frames", [2, 64, 300])
