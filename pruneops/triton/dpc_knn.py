@@ -41,21 +41,21 @@ _PEAKS = {
 
 
 def _candidates(shape_class: str) -> tuple[Config, ...]:
-    # A tile of 64 keeps 16 numbers a thread in each of five places with 8 warps, 32 with 4. A step loads six tiles, of
-    # half precision mostly two.
+    # A step loads six tiles, of half precision mostly two. Before Hopper all six pass through registers, which hold
+    # those of 64 rows only if they are narrow; Hopper multiplies from shared memory.
     if shape_class.startswith("few"):
-        # Smaller ones, so that every multiprocessor has a tile.
+        # Smaller tiles, so that every multiprocessor has one.
         return (
             Config({"TILE": 32, "DEPTH": 64, "WIDTH": 8}, num_warps=4, num_stages=3),
-            Config({"TILE": 32, "DEPTH": 64, "WIDTH": 4}, num_warps=8, num_stages=3),
-            Config({"TILE": 64, "DEPTH": 64, "WIDTH": 4}, num_warps=8, num_stages=2),
+            Config({"TILE": 32, "DEPTH": 32, "WIDTH": 8}, num_warps=4, num_stages=3),
+            Config({"TILE": 64, "DEPTH": 64, "WIDTH": 4}, num_warps=8, num_stages=2, min_capability=90),
             Config({"TILE": 32, "DEPTH": 64, "WIDTH": 8}, num_warps=4, num_stages=2),
         )
     return (
-        Config({"TILE": 64, "DEPTH": 64, "WIDTH": 4}, num_warps=8, num_stages=3),
-        Config({"TILE": 64, "DEPTH": 32, "WIDTH": 4}, num_warps=4, num_stages=3),
-        Config({"TILE": 64, "DEPTH": 64, "WIDTH": 4}, num_warps=8, num_stages=2),
-        Config({"TILE": 64, "DEPTH": 32, "WIDTH": 4}, num_warps=8, num_stages=3),
+        Config({"TILE": 64, "DEPTH": 64, "WIDTH": 4}, num_warps=8, num_stages=3, min_capability=90),
+        Config({"TILE": 64, "DEPTH": 32, "WIDTH": 4}, num_warps=8, num_stages=3, min_capability=90),
+        Config({"TILE": 32, "DEPTH": 32, "WIDTH": 8}, num_warps=4, num_stages=3),
+        Config({"TILE": 64, "DEPTH": 16, "WIDTH": 4}, num_warps=8, num_stages=4),
     )
 
 

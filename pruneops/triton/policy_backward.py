@@ -195,7 +195,7 @@ def query_gradient_kernel(
     deltas = tl.load(delta + at, mask=inside, other=0.0)
     full = first // BLOCK_N * BLOCK_N
     # Masks take registers.
-    MASKED_N: tl.constexpr = BLOCK_N // 2
+    MASKED_N: tl.constexpr = max(16, BLOCK_N // 2)
     for key in range(0, full, BLOCK_N):
         dq0, dq1 = _add_query_gradient(
             dq0, dq1, q0, q1, dout0, dout1, tops, inverses, deltas, k, v, policy, stride_k, stride_v, key, rows, length,
@@ -352,7 +352,7 @@ def key_gradient_kernel(
     v0, v1 = load_heads(v, keys, stride_v, inside, D, D0, D1, ALIGNED)
     count = tl.load(policy + start + keys, mask=inside, other=0.0)
     # Masks take registers.
-    MASKED_M: tl.constexpr = BLOCK_M // 2
+    MASKED_M: tl.constexpr = max(16, BLOCK_M // 2)
     before = first // MASKED_M * MASKED_M
     # The first tile whose rows see all keys and are none of them.
     full = tl.cdiv(tl.minimum(first + BLOCK_N, length), BLOCK_M) * BLOCK_M

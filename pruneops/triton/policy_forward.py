@@ -277,7 +277,7 @@ def forward_kernel(
     # Without a mask the largest logit is the scale times the largest product, which takes a positive scale.
     full = tl.where(scale > 0, first // BLOCK_N * BLOCK_N, 0)
     # Masks take registers.
-    MASKED_N: tl.constexpr = BLOCK_N // 2
+    MASKED_N: tl.constexpr = max(16, BLOCK_N // 2)
     for key in range(0, full, BLOCK_N):
         acc0, acc1, top, kept, below = _attend(
             acc0, acc1, top, kept, below, q0, q1, k, v, policy, log_policy, stride_k, stride_v, key, rows, length,
