@@ -32,9 +32,21 @@ STAMPS := $(VENV)/.stamps
 TORCH_STAMP := $(STAMPS)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 CMAKE_DIR = build/cmake-$(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-TRITON_TESTS := $(wildcard $(foreach f,selection compaction scatter_scaled routing attention policy_attention clustering merge_mean position_means opcheck,python_tests/test_$(f)*.py)) python_tests/triton_kernels
+TRITON_TESTS := $(wildcard $(foreach f,selection compaction scatter_scaled routing attention policy_attention clustering merge_mean position_means opcheck,python_tests/test_$(f)*.py)) python_tests/test_malformed_calls.py python_tests/triton_kernels
 TRITON_AHEAD := python_tests/triton_kernels/test_triton_ahead_of_time.py
 SANITIZE_TESTS := $(wildcard $(foreach f,malformed_calls selection compaction attention policy_attention scores,python_tests/test_$(f)*.py))
+# $(call with_old_triton,TESTS TO INTERPRET,WHICH TO COMPILE)
+define with_old_triton
+@for version in $(TRITON_OLD); do \
+  folder=build/triton-$$version; \
+  test -d $$folder || $(PIP) install -q --no-deps --target $$folder triton==$$version; \
+  echo "--- triton $$version"; \
+  export PYTHONPATH=$$folder; \
+  $(PY) -c "import triton as t; assert t.__version__ == '$$version', t.__version__"; \
+  TRITON_INTERPRET=1 PRUNEOPS_BACKEND=triton $(PY) -m pytest -q -n $(TEST_JOBS) $(1); \
+  $(PY) -m pytest -q -n $(TEST_JOBS) $(TRITON_AHEAD) $(2); \
+done
+endef
 BUILD_INPUTS := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml pruneops/_version.py
 
 # Written once torch is there and given to every later install, so that nothing can move torch.
@@ -113,25 +125,19 @@ test-transformers: build  ## run the model tests on other versions of transforme
 	    python_tests/test_pyramiddrop_goldens.py python_tests/test_prunevid_goldens.py python_tests/test_cache.py python_tests/test_small_model.py; \
 	done
 
-# The op tests through Triton's interpreter, and every op compiled for the GPUs of today; then the ops again with the other
-# versions of Triton, each unpacked beside the installed one. `make test-triton-all` compiles every configuration.
+# The op tests through Triton's interpreter, and every kernel in every configuration compiled for the GPUs of today. On
+# the other versions of Triton, each unpacked beside the installed one, a part of both; `make test-triton-all` runs all.
 .PHONY: test-triton
 test-triton: build  ## test the Triton kernels, interpreted and compiled (TRITON_OLD="3.6.0": other versions, shorter)
 	TRITON_INTERPRET=1 PRUNEOPS_BACKEND=triton $(PY) -m pytest -q -n $(TEST_JOBS) -m "not slow" $(TRITON_TESTS) $(PYTEST_ARGS)
-	$(PY) -m pytest -q -n $(TEST_JOBS) $(TRITON_AHEAD) -k "every_op" $(PYTEST_ARGS)
-	@for version in $(TRITON_OLD); do \
-	  folder=build/triton-$$version; \
-	  test -d $$folder || $(PIP) install -q --no-deps --target $$folder triton==$$version; \
-	  echo "--- triton $$version"; \
-	  export PYTHONPATH=$$folder; \
-	  $(PY) -c "import triton as t; assert t.__version__ == '$$version', t.__version__"; \
-	  TRITON_INTERPRET=1 PRUNEOPS_BACKEND=triton $(PY) -m pytest -q -n $(TEST_JOBS) python_tests/test_opcheck.py; \
-	  $(PY) -m pytest -q -n $(TEST_JOBS) $(TRITON_AHEAD) -k "every_op"; \
-	done
+	$(PY) -m pytest -q -n $(TEST_JOBS) $(TRITON_AHEAD) $(PYTEST_ARGS)
+	$(call with_old_triton,python_tests/test_opcheck.py,-k every_op)
 
 .PHONY: test-triton-all
-test-triton-all: test-triton  ## compile the Triton kernels in every configuration as well (about half an hour)
+test-triton-all: build  ## the same, all of it on the other versions of Triton as well
+	TRITON_INTERPRET=1 PRUNEOPS_BACKEND=triton $(PY) -m pytest -q -n $(TEST_JOBS) $(TRITON_TESTS) $(PYTEST_ARGS)
 	$(PY) -m pytest -q -n $(TEST_JOBS) $(TRITON_AHEAD) $(PYTEST_ARGS)
+	$(call with_old_triton,-m "not slow" $(TRITON_TESTS),)
 
 # `make test` covers the instruction set that is active on its own.
 .PHONY: test-isa

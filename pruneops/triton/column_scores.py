@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pruneops.triton import tuning
 from pruneops.triton.attention_forward import typical_inputs, unit_rows
-from pruneops.triton.head_tiles import LOG2_E, head_tiles, load_heads, products
+from pruneops.triton.head_tiles import LOG2_E, head_tiles, load_heads, products, tile_config
 from pruneops.triton.pieces import pieces
 from pruneops.triton.score_tiles import (
     FEW,
@@ -374,25 +374,21 @@ def scores_of(
 _FINISH_OPTIONS = Config({}, num_warps=4, num_stages=1).options
 
 
-def _tiles(m: int, n: int, warps: int, stages: int, capability: int = 80) -> Config:
-    return Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages, capability)
-
-
 def _candidates(shape_class: str) -> tuple[Config, ...]:
     if shape_class.startswith(FEW):
         # Small tiles: programs enough to read the keys at the speed of the memory.
         if shape_class.endswith("32-bit"):
-            return _tiles(16, 16, 4, 2), _tiles(16, 32, 4, 2)
-        return _tiles(16, 16, 2, 4), _tiles(16, 32, 4, 4), _tiles(16, 64, 4, 3)
+            return tile_config(16, 16, 4, 2), tile_config(16, 32, 4, 2)
+        return tile_config(16, 16, 2, 4), tile_config(16, 32, 4, 4), tile_config(16, 64, 4, 3)
     if shape_class == "32-bit":
-        return (_tiles(32, 32, 4, 1),)
+        return (tile_config(32, 32, 4, 1),)
     if shape_class == "other 16-bit":
-        return (_tiles(32, 64, 8, 2),)
+        return (tile_config(32, 64, 8, 2),)
     return (
-        _tiles(64, 128, 8, 3),
-        _tiles(128, 64, 8, 3, 90),
-        _tiles(64, 128, 8, 2),
-        _tiles(64, 64, 4, 2),
+        tile_config(64, 128, 8, 3),
+        tile_config(128, 64, 8, 3, 90),
+        tile_config(64, 128, 8, 2),
+        tile_config(64, 64, 4, 2),
     )
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pruneops.triton.segments import CHUNK
+from pruneops.triton.tuning import Config
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -31,6 +32,11 @@ def head_tiles(head_dim: int) -> tuple[int, int]:
     first = 1 << (head_dim.bit_length() - 1)
     rest = head_dim - first
     return first, max(SMALLEST, triton.next_power_of_2(rest)) if rest else 0
+
+
+def tile_config(m: int, n: int, warps: int, stages: int, capability: int = 80, below: int = 1000) -> Config:
+    """Tiles of ``m`` query rows and ``n`` keys, for GPUs from one compute capability on and below another."""
+    return Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages, capability, below)
 
 
 def aligned(*tensors: Tensor) -> bool:

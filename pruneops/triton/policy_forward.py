@@ -34,6 +34,7 @@ from pruneops.triton.head_tiles import (
     products,
     scale_heads,
     store_heads,
+    tile_config,
     zero_heads,
 )
 from pruneops.triton.segments import clamped_pair
@@ -306,21 +307,13 @@ def forward_kernel(
     store_heads(out + (offset + first) * heads_q * D, rows, heads_q * D, inside, acc0, acc1, D, D0, D1, ALIGNED)
 
 
-def _tiles(m: int, n: int, warps: int, stages: int, capability: int = 80) -> Config:
-    return Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages, capability)
-
-
 def _candidates(shape_class: str) -> tuple[Config, ...]:
     if shape_class == "32-bit":
-        return (_tiles(32, 32, 4, 1),)
+        return tile_config(32, 16, 8, 2), tile_config(16, 16, 8, 2)
     if shape_class == "other 16-bit":
-        return (_tiles(64, 32, 4, 2),)
-    return (
-        _tiles(128, 128, 8, 2, 90),
-        _tiles(128, 64, 8, 3, 90),
-        _tiles(128, 64, 8, 2),
-        _tiles(64, 64, 4, 2),
-    )
+        return tile_config(64, 32, 8, 2), tile_config(32, 32, 8, 2)
+    largest = tile_config(128, 128, 8, 2, 90, 100 if shape_class == "d128 16-bit" else 1000)
+    return largest, tile_config(128, 64, 8, 3, 90), tile_config(128, 64, 8, 2), tile_config(64, 64, 4, 2)
 
 
 def policy_attention(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pruneops.triton import tuning
 from pruneops.triton.attention_forward import typical_inputs
-from pruneops.triton.head_tiles import LN_2, LOG2_E, head_tiles, load_heads, products
+from pruneops.triton.head_tiles import LN_2, LOG2_E, head_tiles, load_heads, products, tile_config
 from pruneops.triton.pieces import pieces
 from pruneops.triton.score_tiles import FEW, SHAPE_CLASSES, few_inputs, score_class, shared_heads
 from pruneops.triton.tuning import Config, Tunable
@@ -216,26 +216,22 @@ def softmax_lse(q: Tensor, k: Tensor, keys_of_rows: Tensor, softmax_scale: float
 _MERGE_OPTIONS = Config({}, num_warps=4, num_stages=1).options
 
 
-def _tiles(m: int, n: int, warps: int, stages: int, capability: int = 80) -> Config:
-    return Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages, capability)
-
-
 def _candidates(shape_class: str) -> tuple[Config, ...]:
     if shape_class.startswith(FEW):
         # Memory decides, as in decoding.
         if shape_class.endswith("32-bit"):
-            return (_tiles(16, 16, 4, 2),)
-        return _tiles(16, 64, 4, 3), _tiles(16, 128, 4, 2), _tiles(16, 32, 4, 3)
+            return (tile_config(16, 16, 4, 2),)
+        return tile_config(16, 64, 4, 3), tile_config(16, 128, 4, 2), tile_config(16, 32, 4, 3)
     if shape_class == "32-bit":
-        return (_tiles(32, 16, 8, 2),)
+        return (tile_config(32, 16, 8, 2),)
     if shape_class == "other 16-bit":
-        return (_tiles(64, 32, 4, 2),)
+        return (tile_config(64, 32, 4, 2),)
     return (
-        _tiles(128, 128, 8, 3, 90),
-        _tiles(128, 128, 8, 2, 90),
-        _tiles(128, 64, 4, 3),
-        _tiles(64, 64, 4, 3),
-        _tiles(64, 64, 4, 2),
+        tile_config(128, 128, 8, 3, 90),
+        tile_config(128, 128, 8, 2, 90),
+        tile_config(128, 64, 4, 3),
+        tile_config(64, 64, 4, 3),
+        tile_config(64, 64, 4, 2),
     )
 
 

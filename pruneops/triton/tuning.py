@@ -30,12 +30,13 @@ SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100
 
 @dataclass(frozen=True)
 class Config:
-    """One way to launch a kernel: its tile sizes and Triton's own two options."""
+    """One way to launch a kernel: tile sizes, Triton's own two options, and which GPUs have the registers for it."""
 
     blocks: Mapping[str, int]
     num_warps: int = 4
     num_stages: int = 2
     min_capability: int = 80
+    below_capability: int = 1000
 
     @property
     def options(self) -> dict[str, Any]:
@@ -79,7 +80,7 @@ class Tunable:
     def candidates_for(self, shape_class: str, capability: int) -> list[Config]:
         """The candidates that a GPU of this capability can run."""
         configs = self.candidates(shape_class)
-        return [c for c in configs if c is configs[-1] or c.min_capability <= capability]
+        return [c for c in configs if c is configs[-1] or c.min_capability <= capability < c.below_capability]
 
 
 _forced: dict[str, Config] = {}
