@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pruneops._version import __version__
-from pruneops.commands import convert, run_inputs, schedule, tune
+from pruneops.commands import convert, data, run_inputs, schedule, tune
 from pruneops.commands.arguments import integers, numbers, positive
 
 if TYPE_CHECKING:
@@ -173,6 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     schedule.add_parser(commands)
     convert.add_parser(commands)
     tune.add_parser(commands)
+    data.add_parser(commands)
     return parser
 
 

@@ -28,7 +28,7 @@ LAYERS = {
             ("methods", "analysis", "stand_ins"),
             ("report", "pruning"),
             ("models", "video"),
-            ("runner", "video_runner", "training"),
+            ("runner", "video_runner", "training", "data"),
             ("commands",),
             ("cli", "__main__"),
         )
