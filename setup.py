@@ -5,7 +5,10 @@ Environment variables
 PRUNEOPS_SANITIZE=1          AddressSanitizer and UndefinedBehaviorSanitizer
 PRUNEOPS_CUDA=auto|0|1       the CUDA library: where a working nvcc is found (the default), never, or always
 PRUNEOPS_CUDA_ARCH_LIST      the GPU architectures it is compiled for, such as 80;90a
+PRUNEOPS_FLASH=0             leaves out the attention kernels for tensor cores, which take most of its build
+PRUNEOPS_FLASH_HEAD_DIMS     the head sizes they are compiled for, such as 64;128; all of them if not set
 PRUNEOPS_BUILD_TESTS=1       also build the C++ tests
+PRUNEOPS_CUTLASS_DIR         headers of CUTLASS that some of them compare with; those of nvidia-cutlass if not set
 PRUNEOPS_WERROR=1            compiler warnings are errors
 CMAKE_BUILD_PARALLEL_LEVEL   number of parallel compiler jobs
 CMAKE_ARGS                   further arguments for the configure step
@@ -57,6 +60,9 @@ class CMakeBuild(build_ext):
             f"-DPRUNEOPS_BUILD_TESTS={'ON' if flag('PRUNEOPS_BUILD_TESTS') else 'OFF'}",
             f"-DPRUNEOPS_CUDA={os.environ.get('PRUNEOPS_CUDA', 'auto')}",
             f"-DPRUNEOPS_CUDA_ARCH_LIST={os.environ.get('PRUNEOPS_CUDA_ARCH_LIST', '')}",
+            f"-DPRUNEOPS_FLASH={os.environ.get('PRUNEOPS_FLASH', '1')}",
+            f"-DPRUNEOPS_FLASH_HEAD_DIMS={os.environ.get('PRUNEOPS_FLASH_HEAD_DIMS', '')}",
+            f"-DPRUNEOPS_CUTLASS_DIR={os.environ.get('PRUNEOPS_CUTLASS_DIR', '')}",
         ]  # fmt: skip
         if not (self.cmake_dir / "CMakeCache.txt").exists() and shutil.which("ninja"):
             command += ["-G", "Ninja"]

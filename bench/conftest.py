@@ -22,14 +22,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """GPU benchmarks ask for a ``backend`` by name and run once on each; those in Triton are marked.
-
-    A module whose ops have no compiled kernel for a GPU says so with ``BACKENDS``.
-    """
+    """GPU benchmarks ask for a ``backend`` by name and run once on each; those in Triton are marked."""
     if "backend" in metafunc.fixturenames:
-        chosen = getattr(metafunc.module, "BACKENDS", (backends.NATIVE, backends.TRITON))
-        marks = {backends.TRITON: pytest.mark.triton}
-        metafunc.parametrize("backend", [pytest.param(name, marks=marks.get(name, ())) for name in chosen])
+        metafunc.parametrize("backend", [backends.NATIVE, pytest.param(backends.TRITON, marks=pytest.mark.triton)])
 
 
 @pytest.fixture

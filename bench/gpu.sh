@@ -265,7 +265,7 @@ suites() { # FOLDER/FILE-PREFIX NAME...: all suites of a folder, those named her
 
 backends_of() { # SUITE
   case "$1" in
-    attention | agreement) echo triton ;; # the ops of the first have no CUDA kernel; the second compares with CUDA
+    agreement) echo triton ;; # it compares with CUDA
     *) echo native triton ;;
   esac
 }
@@ -343,10 +343,10 @@ sanitize() { # STEP TOOL BACKEND ARGUMENTS...
 if wants test; then
   sanitizer="$(command -v compute-sanitizer || true)"
   [ -z "$sanitizer" ] && [ -x /usr/local/cuda/bin/compute-sanitizer ] && sanitizer=/usr/local/cuda/bin/compute-sanitizer
-  short=python_tests/gpu/test_gpu_short.py
-  sanitize sanitize_memcheck memcheck native "$short"
-  sanitize sanitize_racecheck racecheck native "$short"
-  sanitize sanitize_memcheck_triton memcheck triton "$short" python_tests/gpu/test_gpu_attention.py -k short
+  short=(python_tests/gpu/test_gpu_short.py python_tests/gpu/test_gpu_attention.py -k short)
+  sanitize sanitize_memcheck memcheck native "${short[@]}"
+  sanitize sanitize_racecheck racecheck native "${short[@]}"
+  sanitize sanitize_memcheck_triton memcheck triton "${short[@]}"
   room_for 1
 fi
 

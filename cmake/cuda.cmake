@@ -119,5 +119,23 @@ else()
     message(FATAL_ERROR "PRUNEOPS_CUDA=1, but ${PRUNEOPS_CUDA_REASON}")
   endif()
 endif()
+# What targets with kernels share. The launcher keeps the report of ptxas beside each object file.
+function(pruneops_cuda_defaults target)
+  pruneops_target_defaults(${target})
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
+  set(launcher "${Python_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/cmake/ptxas_log.py")
+  if(PRUNEOPS_CCACHE)
+    list(APPEND launcher "${PRUNEOPS_CCACHE}")
+  endif()
+  set_target_properties(${target} PROPERTIES CUDA_COMPILER_LAUNCHER "${launcher}")
+endfunction()
+
+# Writes cuda_kernels.json and cuda_kernels.md into the build folder whenever `target` was linked.
+function(pruneops_report_kernels target)
+  add_custom_command(TARGET ${target} POST_BUILD
+    COMMAND "${Python_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/cmake/build_report.py" --nvcc "${CMAKE_CUDA_COMPILER}" "${CMAKE_BINARY_DIR}"
+    COMMENT "Reporting what the kernels use")
+endfunction()
+
 # Where setup.py reads the outcome.
 set(PRUNEOPS_CUDA_BUILT "${PRUNEOPS_CUDA_ENABLED}" CACHE INTERNAL "Whether the target _C_cuda exists")

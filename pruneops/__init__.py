@@ -29,8 +29,9 @@ def build_info() -> dict[str, Any]:
         Of the build: ``version``, ``compiler``, ``cxx_flags``, ``cxx_standard``, ``torch_build_version``
         (the headers it used), ``torch_target_version`` (the lowest torch the library runs on), ``isas``
         (compiled instruction sets), ``sanitized``, ``cuda`` (whether the CUDA library was built), ``cuda_reason``
-        (why not), ``cuda_version`` and ``cuda_archs``. Of the machine: ``cpu_features``, ``active_isa``, the
-        instruction set that the CPU kernels use, and ``cuda_library``, ``"loaded"`` or why the CUDA library is not.
+        (why not), ``cuda_version``, ``cuda_archs`` and ``flash_head_dims`` (sizes of heads with attention kernels for
+        tensor cores). Of the machine: ``cpu_features``, ``active_isa``, the instruction set that the CPU kernels use,
+        and ``cuda_library``, ``"loaded"`` or why the CUDA library is not.
 
     Raises
     ------

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from pruneops import _runtime
+
 _SUFFIXES = (".abi3.so", *importlib.machinery.EXTENSION_SUFFIXES, ".so")
 
 
@@ -67,6 +69,11 @@ def load_cuda() -> str | None:
     except OSError as error:
         return f"loading it failed: {error.__cause__ or error}"
     return None
+
+
+def flash_head_dims() -> tuple[int, ...]:
+    """The sizes of heads whose attention kernels the CUDA library was built with; none without such a library."""
+    return tuple(_runtime.build_info()["flash_head_dims"])
 
 
 def op_names() -> tuple[str, ...]:

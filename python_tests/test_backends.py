@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pruneops import backends, ops
 from pruneops.testing import assert_bitwise_equal, attention_inputs
@@ -84,6 +85,95 @@ def test_a_forced_backend_that_cannot_run_an_op_raises():
     inputs = attention_inputs((3,), dtype=torch.float64)
     with backends.use("native"), pytest.raises(TypeError, match="float32, bfloat16 and float16, not torch.float64"):
         ops.varlen_attention(*inputs.args)
+
+
+# ------------------------------------------------------------------ what the kernels for a GPU leave to others
+
+
+@pytest.fixture
+def proven_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the kernels of every backend were there, loaded and proven."""
+    for backend in ("native", "triton"):
+        monkeypatch.setitem(backends._ops[backend], "cuda", frozenset(backends.OPS))
+        monkeypatch.setitem(backends._defaults[backend], "cuda", frozenset(backends.OPS))
+        monkeypatch.setitem(backends.UNPROVEN_ON_GPU, backend, frozenset())
+
+
+SIZE_REASON = "native: refused, its cuda kernels have heads of 64, 80, 96 and 128, not of 72"
+DTYPE_REASON = "native: refused, its kernels take bfloat16 and float16 on cuda, not torch.float32"
+
+
+def test_a_size_of_heads_or_a_dtype_without_a_kernel_is_a_reason_with_or_without_a_gpu():
+    text = backends.explain("varlen_attention", "cuda", torch.bfloat16, head_dim=72)
+    assert text.splitlines()[0].startswith("varlen_attention on cuda (torch.bfloat16, heads of 72): ")
+    assert SIZE_REASON in text
+    assert DTYPE_REASON in backends.explain("varlen_attention", "cuda", torch.float32, head_dim=64)
+
+
+def test_attention_on_a_gpu_goes_to_triton_where_there_is_no_compiled_kernel(proven_on_a_gpu):
+    for dtype in (torch.bfloat16, torch.float16):
+        for size in (64, 80, 96, 128):
+            assert backends.select("varlen_attention", "cuda", dtype, size) == "native"
+            assert backends.explain("varlen_attention", "cuda", dtype, size).splitlines()[0].endswith(": native")
+    assert backends.select("varlen_attention", "cuda", torch.bfloat16, 72) == "triton"
+    assert backends.select("varlen_attention", "cuda", torch.float32, 64) == "triton"
+    text = backends.explain("varlen_attention", "cuda", torch.float16, 72)
+    assert text.splitlines()[1:] == [f"  {SIZE_REASON}", "  triton: runs"]
+    assert backends.select("varlen_attention", "cuda", torch.float64, 64) == "reference"
+    assert backends.select("varlen_attention", "cuda", torch.bfloat16, 64, "gradients with seqused_k") == "reference"
+    for size in (64, 72):  # kernels of any size, and of every dtype
+        assert backends.select("decode_attention", "cuda", torch.float32, size) == "native"
+        assert backends.select("varlen_attention", "cpu", torch.float32, size) == "native"
+
+
+def test_attention_that_neither_has_runs_the_reference(proven_on_a_gpu, monkeypatch):
+    monkeypatch.setitem(backends._ops["triton"], "cuda", frozenset())
+    monkeypatch.setitem(backends._defaults["triton"], "cuda", frozenset())
+    assert backends.select("varlen_attention", "cuda", torch.bfloat16, 72) == "reference"
+    text = backends.explain("varlen_attention", "cuda", torch.bfloat16, 72)
+    assert text.splitlines()[1] == f"  {SIZE_REASON}"
+    assert text.splitlines()[2].startswith("  triton: refused, ") and text.splitlines()[3] == "  reference: runs"
+
+
+def test_sizes_that_a_build_left_out_are_named(proven_on_a_gpu, monkeypatch):
+    monkeypatch.setattr(backends, "_flash_built", (64, 128))
+    assert backends.select("varlen_attention", "cuda", torch.bfloat16, 96) == "triton"
+    reason = "its cuda kernels have heads of 64 and 128 in this build (PRUNEOPS_FLASH_HEAD_DIMS), not of 96"
+    assert reason in backends.explain("varlen_attention", "cuda", torch.bfloat16, 96)
+    assert "its cuda kernels have heads of 64 and 128, not of 72" in backends.explain(
+        "varlen_attention", "cuda", torch.bfloat16, 72
+    )
+
+
+def test_a_build_without_attention_kernels_says_so(proven_on_a_gpu, monkeypatch):
+    others = frozenset(backends.OPS) - {"varlen_attention"}
+    monkeypatch.setitem(backends._ops["native"], "cuda", others)
+    monkeypatch.setitem(backends._defaults["native"], "cuda", others)
+    monkeypatch.setattr(backends._library, "cuda_refusal", None)
+    assert backends.select("varlen_attention", "cuda", torch.bfloat16, 64) == "triton"
+    assert "PRUNEOPS_FLASH=0 was set when it was built" in backends.explain(
+        "varlen_attention", "cuda", torch.bfloat16, 64
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "error", "message"),
+    [
+        (torch.bfloat16, 72, RuntimeError, "'native' is forced, but its cuda kernels have heads of .* not of 72"),
+        (torch.float32, 64, TypeError, "'native' is forced, but its kernels take bfloat16 and float16 on cuda"),
+    ],
+    ids=str,
+)
+def test_forced_kernels_refuse_a_call_that_they_are_not_made_for(proven_on_a_gpu, dtype, size, error, message):
+    """Fake tensors: nothing could run."""
+    inputs = attention_inputs((3, 4), head_dim=size, dtype=dtype)
+    with FakeTensorMode(), backends.use("native"):
+        fake = [
+            torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, torch.Tensor) else x
+            for x in inputs.args
+        ]
+        with pytest.raises(error, match=message):
+            ops.varlen_attention(*fake)
 
 
 def test_recorders_nest():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneops import backends, ops
+from pruneops import _triton_library, backends, ops
 from pruneops.testing import assert_bitwise_equal, attention_inputs, cu_seqlens_of
 
 
@@ -269,19 +269,33 @@ def test_dynamic_gradients():
         assert_bitwise_equal(ours, gradients(lambda *x, cu=cu: block(*x, cu), *leaves))
 
 
+def targets(function: Callable[..., Any], *args: Any, dynamic: bool | None = None) -> set[str]:
+    """What a function calls, as its graph names it."""
+    found: set[str] = set()
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        found.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)(*args)
+    return found
+
+
+@pytest.mark.skipif(_triton_library.refusal is not None, reason=str(_triton_library.refusal))
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_size_of_heads_chooses_the_backend_in_a_trace(monkeypatch, dynamic):
+    sizes = {"native": (16, 64), "triton": None}
+    monkeypatch.setattr(backends, "_limits", lambda backend, op, device: ((torch.float32,), sizes[backend]))
+    for size, namespace in ((16, "pruneops"), (8, "pruneops_triton")):
+        torch._dynamo.reset()
+        args = [x.to("meta") if isinstance(x, Tensor) else x for x in attention_inputs((5, 7), head_dim=size).args]
+        found = targets(lambda *args: ops.varlen_attention(*args), *args, dynamic=dynamic)
+        assert f"{namespace}.varlen_attention.default" in found
+
+
 def test_the_backend_is_part_of_the_trace():
     def block(x: Tensor) -> Tensor:
         return ops.gather_rows(x, torch.tensor([1, 0], dtype=torch.int32))
-
-    def targets(function: Callable[..., Any], x: Tensor) -> set[str]:
-        found: set[str] = set()
-
-        def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            found.update(str(node.target) for node in graph.graph.nodes)
-            return graph.forward
-
-        torch.compile(function, fullgraph=True, backend=backend)(x)
-        return found
 
     x = torch.randn(3, 2)
     assert "pruneops.gather_rows.default" in targets(block, x)

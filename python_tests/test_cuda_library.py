@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,9 +18,14 @@ import pruneops
 from pruneops import _library, _runtime
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "cmake"))
+
+import build_report  # noqa: E402  (belongs to the build, not to the package)
+
 BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 BUILT = _runtime.build_info()["cuda"]
 STUB = BUILD / "torch_cuda_stub"
+FLASH_SOURCE = re.compile(r"flash_[a-z]+_sm(?P<arch>80|90)_hd(?P<head_dim>\d+)\.cu")
 
 built = pytest.mark.skipif(not BUILT, reason=f"no CUDA library: {_runtime.build_info()['cuda_reason']}")
 in_build_tree = pytest.mark.skipif(not BUILD.is_dir(), reason="the package was not built here")
@@ -74,41 +80,189 @@ def test_the_library_is_there_exactly_if_the_build_says_so() -> None:
     assert bool(info["cuda_reason"]) != info["cuda"]
     if info["cuda"]:
         assert info["cuda_archs"] and info["cuda_version"]
-    elif shutil.which("nvcc"):
+        assert set(info["flash_head_dims"]) <= {64, 80, 96, 128}
+        return
+    assert info["flash_head_dims"] == []
+    if shutil.which("nvcc"):
         assert "no nvcc was found" not in info["cuda_reason"]
+
+
+# ------------------------------------------------------------------ attention on tensor cores: built or not
+
+
+def cmake_script(tmp_path: Path, text: str, **options: str) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "script.cmake"
+    script.write_text(f'cmake_policy(SET CMP0057 NEW)\ninclude("{ROOT / "cmake/flash.cmake"}")\n{text}\n')
+    command = ["cmake", *(f"-D{name}={value}" for name, value in options.items()), "-P", str(script)]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"PRUNEOPS_FLASH": "no"}, "PRUNEOPS_FLASH=no: expected 0 or 1"),
+        ({"PRUNEOPS_FLASH_HEAD_DIMS": "64,72"}, "PRUNEOPS_FLASH_HEAD_DIMS=64;72: expected some of 64, 80, 96, 128"),
+    ],
+)
+def test_unknown_choices_of_attention_kernels_are_refused(tmp_path: Path, option: dict[str, str], message: str) -> None:
+    run = cmake_script(tmp_path, "", **option)
+    assert run.returncode != 0 and message in " ".join(run.stderr.split())
+
+
+def sorted_flash(tmp_path: Path, **options: str) -> tuple[dict[str, list[str]], str]:
+    """Which file goes where, by group, and what stands in for the files that are left out."""
+    names = ["scores.cu", "flash_cuda.cpp", "flash_forward.cu", "flash_schedule.cu"]
+    names += [f"flash_forward_sm{arch}_hd{size}.cu" for arch in (80, 90) for size in (64, 80)]
+    names += ["flash_backward_sm80_hd64.cu"]
+    script = f"""set(sources {" ".join(f"/x/{name}" for name in names)})
+pruneops_sort_flash(sources)
+pruneops_write_flash_stand_ins("{tmp_path}/stand_ins.cpp" "${{PRUNEOPS_FLASH_LEFT_OUT}}")
+message("usual=${{sources}}")
+foreach(group SM90 LEFT_OUT BUILT)
+  message("${{group}}=${{PRUNEOPS_FLASH_${{group}}}}")
+endforeach()"""
+    run = cmake_script(tmp_path, script, PRUNEOPS_CUDA_ENABLED="1", **options)
+    assert run.returncode == 0, run.stderr
+    groups = (line.split("=") for line in run.stderr.splitlines())
+    places = {group: [Path(name).name for name in names.split(";") if name] for group, names in groups}
+    return places, (tmp_path / "stand_ins.cpp").read_text()
+
+
+CHOOSING = ["flash_cuda.cpp", "flash_forward.cu"]
+FOR_AMPERE = ["flash_forward_sm80_hd64.cu", "flash_forward_sm80_hd80.cu", "flash_backward_sm80_hd64.cu"]
+FOR_HOPPER = ["flash_forward_sm90_hd64.cu", "flash_forward_sm90_hd80.cu"]
+
+
+def test_attention_kernels_for_hopper_are_compiled_for_hopper_alone(tmp_path: Path) -> None:
+    places, stand_ins = sorted_flash(tmp_path, PRUNEOPS_CUDA_ARCHS="80;90a;100")
+    assert places["usual"] == ["scores.cu", *CHOOSING, "flash_schedule.cu", *FOR_AMPERE]
+    assert places["SM90"] == FOR_HOPPER and places["BUILT"] == ["64", "80", "96", "128"]
+    assert places["LEFT_OUT"] == [] and "template" not in stand_ins
+    places, _ = sorted_flash(tmp_path, PRUNEOPS_CUDA_ARCHS="80;90;100")
+    assert places["usual"][-3:] == FOR_AMPERE and places["SM90"] == [] and places["LEFT_OUT"] == []
+
+
+def test_attention_kernels_of_some_head_sizes_or_of_none(tmp_path: Path) -> None:
+    options = {"PRUNEOPS_CUDA_ARCHS": "80;90a", "PRUNEOPS_FLASH_HEAD_DIMS": "128,80,80"}
+    places, stand_ins = sorted_flash(tmp_path, **options)
+    assert places["BUILT"] == ["80", "128"] and places["SM90"] == FOR_HOPPER[1:]
+    assert places["usual"] == ["scores.cu", *CHOOSING, "flash_schedule.cu", FOR_AMPERE[1]]
+    assert places["LEFT_OUT"] == [FOR_AMPERE[0], FOR_HOPPER[0], FOR_AMPERE[2]]
+    types = "const FlashForwardParams&, const FlashDevice&, cudaStream_t"
+    assert f"template cudaError_t launch_flash_forward_sm90<64>({types});" in stand_ins.splitlines()
+    assert "launch_flash_backward_sm80<64>(const FlashBackwardParams&" in stand_ins
+    assert "cudaErrorNoKernelImageForDevice" in stand_ins and "<80>" not in stand_ins
+    places, _ = sorted_flash(tmp_path, PRUNEOPS_CUDA_ARCHS="80;90a", PRUNEOPS_FLASH="0")
+    assert places["usual"] == ["scores.cu", "flash_schedule.cu"], "no wrapper registers an op without kernels"
+    assert places["BUILT"] == places["SM90"] == places["LEFT_OUT"] == []
 
 
 # ------------------------------------------------------------------ what the kernels cost
 
 
-def ptxas_report(text: str) -> list[dict[str, Any]]:
-    """One entry per kernel and architecture of the output of `nvcc -Xptxas -v`."""
-    entries: list[dict[str, Any]] = []
-    for line in text.splitlines():
-        if found := re.search(r"Compiling entry function '(\w+)' for '(sm_\w+)'", line):
-            entries.append({"kernel": found[1], "arch": found[2]})
-        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            entries[-1].update(stack=int(found[1]), spills=int(found[2]) + int(found[3]))
-        elif found := re.search(r"Used (\d+) registers", line):
-            entries[-1].update(registers=int(found[1]))
-    return entries
+def kernels() -> list[dict[str, Any]]:
+    """What build_report.py has written about the kernels of every source that is still there."""
+    sources = {path.name for path in ROOT.glob("csrc/*/cuda/*.cu")}
+    report = json.loads((BUILD / "cuda_kernels.json").read_text())
+    return [entry for entry in report if entry["source"] in sources]
+
+
+def expected_archs(source: str) -> set[str]:
+    info = _runtime.build_info()
+    archs = {f"sm_{arch}" for arch in info["cuda_archs"]}
+    found = FLASH_SOURCE.fullmatch(source)
+    if found and int(found["head_dim"]) not in info["flash_head_dims"]:
+        return set()
+    return archs & {"sm_90a"} if found and found["arch"] == "90" else archs
 
 
 @built
 @in_build_tree
-def test_no_kernel_spills_registers_or_uses_local_memory() -> None:
-    sources = {path.name for path in ROOT.glob("csrc/*/cuda/*.cu")}
-    logs = list(BUILD.rglob("*.cu.o.ptxas.log"))
-    assert sources <= {path.name.removesuffix(".o.ptxas.log") for path in logs}
-    for log in logs:
-        if log.name.removesuffix(".o.ptxas.log") not in sources:
-            continue
-        report = ptxas_report(log.read_text())
-        archs = {entry["arch"] for entry in report}
-        assert archs == {f"sm_{arch}" for arch in _runtime.build_info()["cuda_archs"]}, log.name
-        for entry in report:
-            assert {"stack", "spills", "registers"} <= entry.keys()
-        assert not [entry for entry in report if entry["spills"] or entry["stack"]]
+def test_every_kernel_is_compiled_for_its_architectures_without_spills_or_local_memory() -> None:
+    report = kernels()
+    for path in ROOT.glob("csrc/*/cuda/*.cu"):
+        entries = [entry for entry in report if entry["source"] == path.name]
+        assert {entry["arch"] for entry in entries} == expected_archs(path.name), path.name
+    assert all(entry["registers"] > 0 for entry in report)
+    assert not [entry for entry in report if entry["spills"] or entry["stack"]]
+
+
+@built
+@in_build_tree
+def test_attention_runs_on_the_tensor_cores() -> None:
+    """Products of warpgroups and copies of tiles by the hardware on Hopper, products of warps elsewhere."""
+    report = kernels()
+    if any(entry["instructions"] is None for entry in report):
+        pytest.skip("no cuobjdump was found when it was built")
+    products = [e for e in report if FLASH_SOURCE.fullmatch(e["source"]) and "_row_terms_" not in e["kernel"]]
+    assert bool(products) == bool(_runtime.build_info()["flash_head_dims"])
+    for entry in products:
+        for_hopper = "_sm90_" in entry["source"]
+        wanted = {"HGMMA", "UTMALDG"} if for_hopper else {"HMMA", "LDSM", "LDGSTS"}
+        assert wanted <= set(entry["instructions"]), entry
+        assert for_hopper or "HGMMA" not in entry["instructions"]
+
+
+LOG_OF_PTXAS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN8pruneops10sum_kernelIfLi2EEEvPfi' for 'sm_90a'
+ptxas info    : Function properties for _ZN8pruneops10sum_kernelIfLi2EEEvPfi
+    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 16 bytes stack, 4096 bytes smem
+ptxas info    : Compiling entry function '_ZN8pruneops11none_kernelEv' for 'sm_90a'
+ptxas info    : Function properties for _ZN8pruneops11none_kernelEv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers
+"""
+SASS = """\
+	code for sm_90a
+		Function : _ZN8pruneops10sum_kernelIfLi2EEEvPfi
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                 /* 0x00000a00ff017b82 */
+                                                                          /* 0x000fe20000000800 */
+        /*0010*/              @!P0 HGMMA.64x128x16.F32.BF16 R24, R8 ;     /* 0x0000a00ff0017b82 */
+        /*0020*/             @UP1 UTMALDG.4D [UR8], [UR4] ;               /* 0x0000a00ff0017b82 */
+        /*0030*/                   HMMA.16816.F32.BF16 R68, R84 ;         /* 0x0000000e5444723c */
+		Function : _ZN8pruneops11none_kernelEv
+        /*0000*/                   EXIT ;                                 /* 0x000000000000794d */
+"""
+
+
+def test_the_build_report_joins_what_ptxas_says_and_the_machine_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = tmp_path / "some.dir"
+    objects.mkdir()
+    for name in ("sums.cu.o", "gone.cu.o"):
+        (objects / f"{name}.ptxas.log").write_text(LOG_OF_PTXAS)
+    (objects / "sums.cu.o").touch()
+    cuobjdump = tmp_path / "cuobjdump"
+    cuobjdump.write_text(f"#!{sys.executable}\nprint({SASS!r})\n")
+    cuobjdump.chmod(0o755)
+    assert build_report.main(["--nvcc", str(tmp_path / "nvcc"), str(tmp_path)]) == 0
+    summed, none = json.loads((tmp_path / "cuda_kernels.json").read_text())
+    assert summed == {
+        "source": "sums.cu", "kernel": "sum_kernel<float, 2>", "mangled": "_ZN8pruneops10sum_kernelIfLi2EEEvPfi",
+        "arch": "sm_90a", "stack": 16, "spills": 12, "registers": 40, "static_shared": 4096,
+        "instructions": ["HMMA", "HGMMA", "UTMALDG"],
+    }  # fmt: skip
+    assert (none["registers"], none["static_shared"], none["instructions"]) == (8, 0, [])
+    table = (tmp_path / "cuda_kernels.md").read_text()
+    assert "| sums.cu | `sum_kernel<float, 2>` | sm_90a | 40 | 4096 | 16 | 12 | HMMA HGMMA UTMALDG |" in table
+    monkeypatch.setattr(build_report, "find_cuobjdump", lambda nvcc: None)
+    assert build_report.main([str(tmp_path)]) == 0
+    assert "| 12 | unknown |" in (tmp_path / "cuda_kernels.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("void pruneops::sum_kernel<float, 2>(float*, int)", "sum_kernel<float, 2>"),
+        ("pruneops::none_kernel()", "none_kernel"),
+        ("void pruneops::(anonymous namespace)::f<pruneops::Half, (pruneops::Kind)1>(int)", "f<Half, 1>"),
+    ],
+)
+def test_names_of_kernels_are_shortened(name: str, short: str) -> None:
+    assert build_report.shortened(name) == short
 
 
 def test_the_compiler_launcher_keeps_the_report_and_passes_on_everything_else(tmp_path: Path) -> None:
@@ -193,7 +347,8 @@ def test_it_registers_every_kernel_that_backends_expects_of_it() -> None:
     assert run.returncode == 0, run.stderr
     from pruneops import backends
 
-    assert set(run.stdout.split()) >= backends.UNPROVEN_ON_GPU["native"]
+    left_out = set() if _runtime.build_info()["flash_head_dims"] else {"varlen_attention"}
+    assert set(run.stdout.split()) | left_out >= backends.UNPROVEN_ON_GPU["native"]
 
 
 def test_kernels_unproven_on_a_gpu_run_only_where_they_are_forced(monkeypatch: pytest.MonkeyPatch) -> None:

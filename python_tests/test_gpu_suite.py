@@ -130,7 +130,7 @@ def suites(kind: str) -> dict[str, Path]:
 
 
 # Suites whose every test takes Triton; all others have some for each backend.
-IN_TRITON_ONLY = {"test": {"attention", "agreement"}, "bench": {"attention"}}
+IN_TRITON_ONLY = {"test": {"agreement"}, "bench": set()}
 
 
 def steps_of(kind: str) -> set[str]:
@@ -179,7 +179,7 @@ def test_what_matters_most_comes_first(tmp_path):
     assert suite("exit 0", "test,bench", PRUNEOPS_GPU_REHEARSAL="1").returncode == 0
     planned = (suite.folder / "state" / "plan").read_text().split()
     assert set(planned) == steps_of("test") | steps_of("bench") | {name for name in planned if "sanitize" in name}
-    assert planned[:3] == ["test_short_native", "test_short_triton", "test_attention_triton"]
+    assert planned[:3] == ["test_short_native", "test_short_triton", "test_attention_native"]
     kinds = [name.split("_")[0] for name in planned]
     assert kinds == sorted(kinds, key=["test", "bench", "sanitize"].index)
     assert next(name for name in planned if name.startswith("bench")) == "bench_attention_triton"

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <vector>
+
 #include "attention/attention_checks.h"
 #include "common/cuda_launch.h"
 #include "common/cuda_tensors.h"
@@ -19,6 +21,15 @@ inline Tensor cuda_rows(const Tensor& t, int32_t device, const char* name) {
   check_floating(t, name);
   const bool unit = t.size(2) <= 1 || t.stride(2) == 1;
   return unit ? t : torch::stable::contiguous(t);
+}
+
+// A dense copy in memory of its own, which begins where torch's allocator puts it: aligned.
+inline Tensor dense_copy(const Tensor& t) {
+  std::vector<int64_t> sizes(t.dim());
+  for (int64_t d = 0; d < t.dim(); ++d) sizes[d] = t.size(d);
+  Tensor copy = empty_cuda_like_dtype(t, sizes);
+  torch::stable::copy_(copy, t);
+  return copy;
 }
 
 // Boundaries of packed queries and keys, which must agree in their number.

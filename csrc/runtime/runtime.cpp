@@ -18,9 +18,10 @@ py::dict build_info() {
   for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
     if (pruneops::isa_compiled(isa)) isas.append(pruneops::isa_name(isa));
   }
-  py::list cuda_archs;
-  std::istringstream archs(PRUNEOPS_CUDA_ARCHS);
+  py::list cuda_archs, flash_head_dims;
+  std::istringstream archs(PRUNEOPS_CUDA_ARCHS), head_dims(PRUNEOPS_FLASH_HEAD_DIMS);
   for (std::string arch; std::getline(archs, arch, ',');) cuda_archs.append(arch);
+  for (std::string dim; std::getline(head_dims, dim, ',');) flash_head_dims.append(std::stoi(dim));
   return py::dict("version"_a = PRUNEOPS_VERSION, "compiler"_a = PRUNEOPS_COMPILER,
                   "cxx_flags"_a = PRUNEOPS_CXX_FLAGS, "cxx_standard"_a = __cplusplus,
                   "torch_build_version"_a = PRUNEOPS_TORCH_BUILD_VERSION,
@@ -28,7 +29,7 @@ py::dict build_info() {
                   "sanitized"_a = static_cast<bool>(PRUNEOPS_SANITIZED),
                   "cuda"_a = static_cast<bool>(PRUNEOPS_CUDA_ENABLED),
                   "cuda_reason"_a = PRUNEOPS_CUDA_REASON, "cuda_version"_a = PRUNEOPS_CUDA_VERSION,
-                  "cuda_archs"_a = cuda_archs);
+                  "cuda_archs"_a = cuda_archs, "flash_head_dims"_a = flash_head_dims);
 }
 
 py::dict cpu_features() {

@@ -74,7 +74,9 @@ def varlen_attention(
     Inputs are read in place whatever their strides, as long as the last one is 1. Arithmetic in float32.
     Deterministic, forward and backward. Differentiable once in q, k and v, through ``out`` and
     ``softmax_lse``; with ``seqused_k`` only the reference backend has a gradient, and runs where one is
-    wanted. Under autocast the inputs are cast to its dtype (with cache slots ``q`` to theirs).
+    wanted. Under autocast the inputs are cast to its dtype (with cache slots ``q`` to theirs). The compiled
+    kernels for a GPU take bfloat16 and float16 and a ``D`` of 64, 80, 96 or 128, and copy inputs whose rows
+    do not begin on 16 bytes; other calls go to the next backend, see :func:`pruneops.backends.explain`.
     """
     q, k, v = _autocast(q, k, v, cache=seqused_k is not None)
     _checks.heads(q, k, "k", 3 if seqused_k is None else 4)
@@ -100,7 +102,7 @@ def varlen_attention(
     scale = _checks.scale(softmax_scale, q.shape[2])
 
     unsupported = "gradients with seqused_k" if seqused_k is not None and _wants_grad(q, k, v) else None
-    backend = backends.select("varlen_attention", q.device.type, q.dtype, unsupported)
+    backend = backends.select("varlen_attention", q.device.type, q.dtype, q.shape[2], unsupported)
     if backend != backends.REFERENCE:
         out, lse = backends.kernel(backend, "varlen_attention")(
             q,
@@ -185,7 +187,7 @@ def decode_attention(
     scale = _checks.scale(softmax_scale, q.shape[2])
 
     unsupported = "gradients" if _wants_grad(q, k_cache, v_cache) else None
-    backend = backends.select("decode_attention", q.device.type, q.dtype, unsupported)
+    backend = backends.select("decode_attention", q.device.type, q.dtype, q.shape[2], unsupported)
     if backend != backends.REFERENCE:
         out, _, scores = backends.kernel(backend, "decode_attention")(
             q, k_cache, v_cache, seqused_k, scale, num_splits, return_scores

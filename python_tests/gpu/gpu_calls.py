@@ -64,6 +64,19 @@ def policy_attention(b: Batch, run: Run) -> Any:
     return forward[0], *run("policy_attention_backward", b["q_all"], *inputs, *forward, *numbers)
 
 
+def varlen_attention(b: Batch, run: Run) -> Any:
+    """Forward and backward, in a dtype that every backend has kernels for."""
+    q, k, v = (b[name].bfloat16() for name in ("q_all", "k_all", "v_all"))
+    numbers = b["cu_seqlens_all"], b["cu_seqlens_all"], TOTAL // 10, TOTAL // 10, True, 0.1
+    forward = run("varlen_attention", q, k, v, *numbers)
+    return *forward, *run("varlen_attention_backward", q, None, q, k, v, *forward, *numbers)
+
+
+def decode_attention(b: Batch, run: Run) -> Any:
+    slots = (b[name].view(4, TOTAL // 40, 2, DIM) for name in ("k_all", "v_all"))
+    return run("decode_attention", b["q_all"][:4], *slots, b["clusters"], 0.1, 0, True)
+
+
 def calls(b: Batch, run: Run = raw) -> dict[str, Callable[[], Any]]:
     """Every op with kernels of both backends, in the form whose counts live on the device."""
     return {
@@ -93,6 +106,8 @@ def calls(b: Batch, run: Run = raw) -> dict[str, Callable[[], Any]]:
         "router_weights_backward": lambda: run(
             "router_weights_backward", b["weights"], b["scores"], b["hidden"], b["router"], b["protect"], "tanh", 0.2
         ),
+        "varlen_attention": lambda: varlen_attention(b, run),
+        "decode_attention": lambda: decode_attention(b, run),
         "policy_attention": lambda: policy_attention(b, run),
         "last_query_scores": lambda: run(
             "last_query_scores", b["q"], b["k"], b["cu_seqlens_q"], b["cu_seqlens"], 0.1, "mean", "mean"
@@ -115,8 +130,10 @@ def calls(b: Batch, run: Run = raw) -> dict[str, Callable[[], Any]]:
 OPS = list(calls({}))
 # Ops whose results are numbers computed in an order of their own, of float32 or of bfloat16.
 CLOSE = {"last_query_scores": 1e-4, "column_scores": 1e-4, "router_weights": 1e-4, "dpc_knn": 1e-4}
-CLOSE |= {"position_means": 1e-4, "policy_attention": 1e-4}
+CLOSE |= {"position_means": 1e-4, "policy_attention": 1e-4, "decode_attention": 1e-4, "varlen_attention": 2e-2}
 CLOSE |= {"scatter_scaled": 1e-2, "scatter_scaled_backward": 1e-2, "router_weights_backward": 1e-2}
+# Gradients are differences.
+ABSOLUTE = {"policy_attention": 1e-3, "varlen_attention": 5e-2}
 
 
 def check(op: str, ours: Any, batch: Batch) -> None:
@@ -130,5 +147,5 @@ def compare(op: str, ours: Any, expected: Any) -> None:
         assert_bitwise_equal(on_cpu(ours), expected, op)
     else:
         rtol = CLOSE[op]
-        atol = 1e-3 if op == "policy_attention" else rtol / 100  # its gradients are differences
+        atol = ABSOLUTE.get(op, rtol / 100)
         torch.testing.assert_close(on_cpu(ours), expected, rtol=rtol, atol=atol, equal_nan=True)

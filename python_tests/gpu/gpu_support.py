@@ -38,9 +38,6 @@ repeatable = (lambda call: call()) if _triton_library.interpreting else testing.
 REHEARSAL = os.environ.get("PRUNEOPS_GPU_REHEARSAL") == "1"
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
 
-#: Ops that must have a compiled CUDA kernel.
-NATIVE_OPS = tuple(op for op in backends.OPS if op not in ("varlen_attention", "decode_attention"))
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

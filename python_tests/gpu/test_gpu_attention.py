@@ -1,6 +1,7 @@
 """On a GPU varlen_attention, its gradients and decode_attention are within rounding of the float64 oracle.
 
-No compiled kernel for a GPU has these ops, so all of this runs in Triton.
+The compiled kernels of the first take bfloat16 and float16, and heads of 64, 80, 96 and 128. Tests of others are
+skipped on them; python_tests/test_backends.py shows that such calls go to another backend.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from gpu_support import (
 )
 from torch import Tensor
 
-from pruneops import ops, reference
+from pruneops import backends, ops, reference
 from pruneops.testing import (
     BACKWARD_FACTOR,
     LENGTHS,
@@ -42,7 +43,7 @@ from pruneops.testing import (
     peer_scores,
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.triton, pytest.mark.usefixtures("triton")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("backend")]
 
 HEAD_DIMS = (64, 80, 96, 128)
 # Query heads to key heads: one to one, and groups of 4, 7 and 8.
@@ -68,6 +69,12 @@ def attention(module: Any, inputs: AttentionInputs, **options: Any) -> tuple[Ten
     return module.varlen_attention(*inputs.args, return_lse=True, **options)
 
 
+def skip_what_is_left_to_others(inputs: AttentionInputs) -> None:
+    dtype, head_dim = inputs.q.dtype, inputs.q.shape[2]
+    if not backends._takes(str(backends._forced), "varlen_attention", "cuda", dtype, head_dim):
+        pytest.skip(f"{backends._forced} leaves {dtype} and heads of {head_dim} to others")
+
+
 def check_forward(
     inputs: AttentionInputs,
     view: Callable[[Tensor], Tensor] = lambda x: x,
@@ -75,6 +82,7 @@ def check_forward(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Checks ``varlen_attention`` of the packed inputs, or a ``call`` that should give the same."""
+    skip_what_is_left_to_others(inputs)
     if call is None:
         moved = inputs_on_device(inputs, view)
         out, lse = repeatable(lambda: attention(ops, moved, **on_device(options)))
@@ -111,6 +119,7 @@ def check_backward(
     with_lse: bool = False,
     **options: Any,
 ) -> None:
+    skip_what_is_left_to_others(inputs)
     dout = torch.randn_like(inputs.q)
     dlse = torch.randn(inputs.q.shape[1], inputs.q.shape[0]) if with_lse else None
     moved, dout_moved, dlse_moved = inputs_on_device(inputs, view), view(on_device(dout)), on_device(dlse)
@@ -136,7 +145,9 @@ def check_backward(
 # ---------------------------------------------------------------------- a short walk through every kernel
 
 SHORT = pytest.mark.parametrize(
-    ("head_dim", "dtype"), [(64, torch.bfloat16), (80, torch.float32), (31, torch.float16)], ids=str
+    ("head_dim", "dtype"),
+    [(64, torch.bfloat16), (80, torch.float16), (128, torch.bfloat16), (31, torch.float32)],
+    ids=str,
 )
 
 
@@ -221,13 +232,16 @@ def test_strided_inputs(view, dtype):
         check_forward(attention_inputs((40, 3, 130), head_dim=head_dim, dtype=dtype), view)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.5])
-def test_softmax_scale(scale):
-    check_forward(attention_inputs((33, 5), head_dim=64), softmax_scale=scale)
+def test_softmax_scale(scale, dtype):
+    check_forward(attention_inputs((33, 5), head_dim=64, dtype=dtype), softmax_scale=scale)
+    check_backward(attention_inputs((33, 5), head_dim=64, dtype=dtype), softmax_scale=scale)
 
 
-def test_large_logits_do_not_overflow():
-    inputs = attention_inputs((50, 170), head_dim=64)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_large_logits_do_not_overflow(dtype):
+    inputs = attention_inputs((50, 170), head_dim=64, dtype=dtype)
     inputs = AttentionInputs(inputs.q * 300, inputs.k * 300, inputs.v, *inputs.boundaries)
     out, lse = check_forward(inputs)
     assert out.isfinite().all() and lse.isfinite().all()
@@ -256,14 +270,15 @@ def test_a_nan_spoils_only_the_rows_that_see_it():
 @pytest.mark.rehearsed
 @pytest.mark.parametrize("boundaries", [(0, 9, 4, 20), (0, 9, 40, 41), (-5, -1, 8, 12)], ids=str)
 def test_boundaries_on_a_device_are_clamped_as_on_the_cpu(boundaries):
-    inputs, cu_seqlens = attention_inputs((20,), heads=(2, 2), head_dim=64), torch.tensor(boundaries, dtype=torch.int32)
+    inputs = attention_inputs((20,), heads=(2, 2), head_dim=64, dtype=torch.bfloat16)
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
     args = (inputs.q, inputs.k, inputs.v, cu_seqlens, cu_seqlens, 20, 20, True, 0.3)
     forward = cpu_kernel("varlen_attention", *args)
-    torch.testing.assert_close(on_cpu(raw("varlen_attention", *on_device(args))), forward, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(on_cpu(raw("varlen_attention", *on_device(args))), forward, rtol=2e-2, atol=2e-2)
     backward = (inputs.q, None, *args[:3], *forward, *args[3:])
     expected = cpu_kernel("varlen_attention_backward", *backward)
     ours = on_cpu(raw("varlen_attention_backward", *on_device(backward)))
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, expected, rtol=2e-2, atol=5e-2)
 
 
 # ---------------------------------------------------------------------- cache slots
@@ -458,9 +473,9 @@ def buffers(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     lengths = BATCHES[seed % len(BATCHES)]
     return {
-        "q": torch.randn(TOTAL, 4, 64, generator=generator),
-        "k": torch.randn(TOTAL, 2, 64, generator=generator),
-        "v": torch.randn(TOTAL, 2, 64, generator=generator),
+        "q": torch.randn(TOTAL, 4, 64, generator=generator).bfloat16(),
+        "k": torch.randn(TOTAL, 2, 64, generator=generator).bfloat16(),
+        "v": torch.randn(TOTAL, 2, 64, generator=generator).bfloat16(),
         "limit": torch.randint(0, TOTAL, (TOTAL,), generator=generator).int(),
         "cu_seqlens": cu_seqlens_of(lengths),
         "used": torch.tensor([n // 4 for n in lengths], dtype=torch.int32),
@@ -494,7 +509,8 @@ def forward_and_backward(module: Any, b: dict[str, Tensor]) -> list[Tensor]:
 
 
 def compare(call: str, ours: Any, batch: dict[str, Tensor]) -> None:
-    torch.testing.assert_close(on_cpu(ours), CALLS[call](reference, batch), rtol=1e-4, atol=1e-4)
+    """Other lengths would be far off; what rounding does is tested above."""
+    torch.testing.assert_close(on_cpu(ours), CALLS[call](reference, batch), rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_support import DEVICE, NATIVE_OPS, first_rehearsed, no_synchronisation, on_device, synchronisation
+from gpu_support import DEVICE, first_rehearsed, no_synchronisation, on_device, synchronisation
 
 import pruneops
 from pruneops import backends, decoder
@@ -54,7 +54,8 @@ def test_prefill_equals_the_cpu(side, model_backend):
     if model_backend == backends.TRITON:
         assert {backend for _, backend in used[0]} == {backends.TRITON}
     else:
-        assert [call for call in used[0] if call[0] in NATIVE_OPS and call[1] != backends.NATIVE] == []
+        # The model computes in float32, which attention on tensor cores does not take.
+        assert {op for op, backend in used[0] if backend != backends.NATIVE} <= {"varlen_attention"}
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

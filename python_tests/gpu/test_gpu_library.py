@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_support import DEVICE, NATIVE_OPS, REHEARSAL, on_device, raw
+from gpu_support import DEVICE, REHEARSAL, on_device, raw
 
 import pruneops
 from pruneops import _library, backends
@@ -21,10 +21,10 @@ def test_the_cuda_library_is_built_and_loaded():
     assert info["cuda_library"] == "loaded"
 
 
-@pytest.mark.parametrize("op", NATIVE_OPS)
+@pytest.mark.parametrize("op", backends.OPS)
 def test_the_op_has_a_compiled_kernel(op, native):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pruneops::{op}", DEVICE.type.upper())
-    assert backends.explain(op, DEVICE.type).splitlines()[0].endswith(": native")
+    assert backends.explain(op, DEVICE.type, torch.bfloat16, 64).splitlines()[0].endswith(": native")
 
 
 @pytest.mark.rehearsed

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_support import DEVICE, NATIVE_OPS, first_rehearsed, forced_op, on_device
+from gpu_support import DEVICE, first_rehearsed, forced_op, on_device
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -51,7 +51,7 @@ def policy() -> tuple[Any, ...]:
 
 
 def varlen() -> tuple[Any, ...]:
-    inputs = attention_inputs((5, 0, 7), (6, 2, 7), head_dim=8)
+    inputs = attention_inputs((5, 0, 7), (6, 2, 7), head_dim=64, dtype=torch.bfloat16)
     return *inputs.args, False, 0.3, torch.randint(0, 7, (12,), dtype=torch.int32)
 
 
@@ -99,7 +99,9 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "select_compact": compact,
     "scatter_scaled": scaled,
     "router_weights": router,
+    "varlen_attention": varlen,
     "policy_attention": policy,
+    "decode_attention": decode,
     "last_query_scores": last_query,
     "column_scores": column,
     "kv_limit_from_positions": positions,
@@ -107,10 +109,8 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "merge_mean": means,
     "position_means": lambda: (torch.randn(9, 6), cu_seqlens_of([4, 0, 5]), int32(2, -1, 2), 7),
 }
-# Ops that no compiled kernel for a GPU has.
-TRITON_CASES = {"varlen_attention": varlen, "decode_attention": decode}
 DIFFERENTIABLE = ("gather_rows", "scatter_rows", "select_compact", "merge_mean", "position_means")
-DIFFERENTIABLE += ("scatter_scaled", "router_weights", "policy_attention")
+DIFFERENTIABLE += ("scatter_scaled", "router_weights", "varlen_attention", "policy_attention")
 
 
 def needing_grad(args: Any) -> Any:
@@ -134,20 +134,8 @@ def test_opcheck_with_gradients(op, backend):
     check(op, needing_grad(on_device(CASES[op]())))
 
 
-@pytest.mark.triton
-@pytest.mark.parametrize("op", TRITON_CASES)
-def test_opcheck_of_attention(op, triton):
-    check(op, on_device(TRITON_CASES[op]()))
-
-
-@pytest.mark.triton
-def test_opcheck_of_attention_with_gradients(triton):
-    check("varlen_attention", needing_grad(on_device(varlen())))
-
-
 def test_every_op_is_checked():
-    assert set(CASES) == set(NATIVE_OPS)
-    assert {*CASES, *TRITON_CASES} == set(backends.OPS)
+    assert set(CASES) == set(backends.OPS)
 
 
 def compare_with_fake(op: str, args: Any) -> None:
@@ -162,9 +150,3 @@ def compare_with_fake(op: str, args: Any) -> None:
 @pytest.mark.parametrize("op", first_rehearsed(CASES))
 def test_fake_tensors_have_the_shape_dtype_and_strides_of_real_ones(op, backend):
     compare_with_fake(op, on_device(CASES[op]()))
-
-
-@pytest.mark.triton
-@pytest.mark.parametrize("op", TRITON_CASES)
-def test_fake_tensors_of_attention_have_the_shape_dtype_and_strides_of_real_ones(op, triton):
-    compare_with_fake(op, on_device(TRITON_CASES[op]()))

@@ -2,9 +2,8 @@
 // (unless given), then probabilities, reduced over heads and rows where they are made. No tile
 // outlives its block.
 //
-// Plain multiply-adds from shared memory, bf16 and fp16 widened to fp32: it is as accurate as fp32
-// and runs on any GPU, but far from what tensor cores give. The tensor-core kernel shares its main
-// loop with the attention kernels and comes with them.
+// Plain multiply-adds from shared memory, bf16 and fp16 widened to fp32: as accurate as fp32, for
+// any head dim and alignment, but far from what tensor cores give (tile_scores.cuh).
 
 #pragma once
 

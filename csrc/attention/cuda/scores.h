@@ -27,18 +27,19 @@ struct CudaScoreParams {
   const float* softmax_lse;  // [num_heads_q, total_q], or null: computed. Unused with few queries
   float* scores;             // out [total_k]: every entry is written
   int32_t* bounds;           // scratch [2, num_segments + 1]
-  float* workspace;          // scratch [ScorePlan::workspace_floats]
+  float* workspace;          // scratch [ScorePlan::workspace_floats], 16-byte aligned
 };
 
 // How the work is cut; a function of sizes alone, so that results do not depend on the device.
 struct ScorePlan {
-  bool few_queries;    // the kernels for a few query rows a segment, which read keys in place
-  int32_t num_splits;  // few: of a segment's keys; else: of its query tiles
-  int32_t tile_keys;   // few: packed keys of a block in the second pass
+  bool few_queries;      // the kernels for a few query rows a segment, which read keys in place
+  bool on_tensor_cores;  // of the others, those of tile_scores.h
+  int32_t num_splits;    // few: of a segment's keys; else: of its query tiles
+  int32_t tile_keys;     // few: packed keys of a block in the second pass
   int64_t workspace_floats;
 };
 
-// Reads the sizes in `params`, and whether softmax_lse is null.
+// Reads the sizes, types and strides in `params`, how it reduces, and whether softmax_lse is null.
 //   often_few_queries  query rows were chosen: last_query_scores
 ScorePlan plan_scores(const CudaScoreParams& params, bool often_few_queries);
 

@@ -8,8 +8,8 @@
 #pragma once
 
 #include <sys/mman.h>
-#include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdlib>
@@ -21,10 +21,7 @@
 #include <utility>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "fiber.h"
 
 struct uint3 {
   unsigned x, y, z;
@@ -65,12 +62,22 @@ inline std::vector<Schedule> all_schedules() {
           {Order::kShuffled, Order::kForward, 2}, {Order::kBackward, Order::kShuffled, 3}};
 }
 
-enum class State { kReady, kAtBarrier, kInWarp, kDone };
+enum class State { kReady, kAtBarrier, kInWarp, kWaiting, kDone };
 
-using Words = std::array<uint32_t, 6>;
+// Asynchronous copies of one thread; see async_copies.h.
+struct AsyncCopies {
+  struct Copy {
+    void* shared;
+    const void* global;  // null: zeros
+    int group;
+    unsigned char bytes[16];
+  };
+  std::vector<Copy> under_way;  // groups ascend
+  int groups = 0;               // committed so far
+};
 
 struct Thread {
-  ucontext_t context;
+  Fiber fiber;
   uint3 index;
   State state;
   const char* where;     // operation it waits in
@@ -79,20 +86,45 @@ struct Thread {
   uint64_t value;        // what it brings to that operation
   int source;            // the lane whose value it is after, kAllLanes for all of them
   uint64_t seen[32];     // what these lanes brought, once complete
-  unsigned taking_part;  // lanes with an entry in `seen`
-  Words words[2];        // what it brought to this exchange and to the one before
-  int exchanges;         // that it took part in
+  unsigned taking_part;  // lanes that came
+  bool (*condition)(const void*);
+  const void* condition_argument;  // what it waits for is condition(condition_argument)
+  AsyncCopies copies;
 };
+
+struct Warp {
+  unsigned in_operation;  // lanes that wait in a warp operation
+  unsigned returned;      // lanes that have returned, or never were
+};
+
+// What goes on in a block beside its threads; see sm90_block.h.
+class Background {
+ public:
+  virtual ~Background() = default;
+  virtual void begin() = 0;  // of a block
+  // Finishes something, or not; something if there is anything and no thread can go on. True if so.
+  virtual bool proceed(bool idle) = 0;
+  virtual void end() = 0;  // all threads have returned
+};
+
+inline Background* background = nullptr;
 
 class Block {
  public:
   static Block& current() { return *active_; }
 
   Block(int num_threads, size_t shared_bytes)
-      : threads_(num_threads), shared_bytes_(shared_bytes), random_(schedule.seed) {
+      : threads_(num_threads),
+        warps_((num_threads + 31) / 32),
+        shared_bytes_(shared_bytes),
+        random_(schedule.seed) {
     reserve_stacks(num_threads);
+    for (int t = 0; t < num_threads; ++t) {
+      threads_[t].fiber.prepare(stacks_ + t * kStackBytes + kPage, kStackBytes - kPage,
+                                &Block::run_threads);
+    }
     // Exactly as long as asked for, so that the sanitizers see an access past the end.
-    if (shared_bytes > 0 && posix_memalign(&shared_, 128, shared_bytes) != 0) {
+    if (shared_bytes > 0 && posix_memalign(&shared_, 1024, shared_bytes) != 0) {
       throw Failure("no memory for shared memory");
     }
     active_ = this;
@@ -114,22 +146,33 @@ class Block {
     if (shared_ != nullptr) std::memset(shared_, 0xff, shared_bytes_);  // NaN, -1
     const int n = static_cast<int>(threads_.size());
     done_ = at_barrier_ = 0;
+    for (Warp& warp : warps_) warp = {0, 0};
+    if (n % 32 != 0) warps_.back().returned = ~0u << n % 32;
     for (int t = 0; t < n; ++t) start(t);
-    std::vector<int> ready;
+    if (background != nullptr) background->begin();
     while (done_ < n) {
-      ready.clear();
+      ready_.clear();
       for (int t = 0; t < n; ++t) {
-        if (threads_[t].state == State::kReady) ready.push_back(t);
+        Thread& thread = threads_[t];
+        if (thread.state == State::kWaiting && thread.condition(thread.condition_argument)) {
+          thread.state = State::kReady;
+        }
+        if (thread.state == State::kReady) ready_.push_back(t);
       }
-      if (ready.empty()) throw Failure(describe_deadlock());
-      arrange(ready, schedule.threads);
+      if (background != nullptr && background->proceed(ready_.empty())) continue;
+      if (ready_.empty()) throw Failure(describe_deadlock());
+      arrange(ready_, schedule.threads);
       // Shuffled warps also drift apart: in each round some of them stay behind.
-      const bool drift = schedule.threads == Order::kShuffled;
-      const uint32_t behind = drift ? random_() & random_() : 0;
-      for (int t : ready) {
-        if ((behind >> t / 32 & 1) == 0) resume(t);
+      if (schedule.threads == Order::kShuffled) {
+        const uint32_t behind = random_() & random_();
+        const auto stays = [&](int t) { return (behind >> t / 32 & 1) != 0; };
+        ready_.erase(std::remove_if(ready_.begin(), ready_.end(), stays), ready_.end());
       }
+      turn_ = 0;
+      next(scheduler_);
+      if (!failure_.empty()) throw Failure(position() + failure_);
     }
+    if (background != nullptr) background->end();
   }
 
   template <class T>
@@ -142,6 +185,7 @@ class Block {
   }
 
   void* shared() const { return shared_; }
+  size_t shared_bytes() const { return shared_bytes_; }
 
   // The barrier of the block. Returns the sum over its threads of `contribution`.
   int barrier(const char* where, int line, int contribution) {
@@ -172,11 +216,24 @@ class Block {
     return result_;
   }
 
+  // Waits until condition(), which any thread may be asked for, holds.
+  template <class Condition>
+  void wait_until(const char* where, const Condition& condition) {
+    if (condition()) return;
+    Thread& me = threads_[me_];
+    me.state = State::kWaiting;
+    me.where = where;
+    me.condition = [](const void* f) { return (*static_cast<const Condition*>(f))(); };
+    me.condition_argument = &condition;
+    yield();
+  }
+
   static constexpr int kAllLanes = -1;
+  static constexpr int kNoLane = -2;
 
   // Meets the lanes of `mask` that have not returned; afterwards seen(source) is what that lane
-  // brought.
-  void meet(const char* where, unsigned mask, uint64_t value, int source = kAllLanes) {
+  // brought. True for the lane that came last.
+  bool meet(const char* where, unsigned mask, uint64_t value, int source = kAllLanes) {
     Thread& me = threads_[me_];
     if ((mask >> lane() & 1) == 0) fail(std::string(where) + ": the caller is not in its mask");
     me.state = State::kInWarp;
@@ -184,8 +241,10 @@ class Block {
     me.mask = mask;
     me.value = value;
     me.source = source;
-    complete(me);
-    if (me.state != State::kReady) yield();
+    warps_[me_ / 32].in_operation |= 1u << lane();
+    if (complete(me)) return true;
+    yield();
+    return false;
   }
 
   uint64_t seen(int from) {
@@ -198,18 +257,27 @@ class Block {
 
   unsigned taking_part() const { return threads_[me_].taking_part; }
 
-  // Meets the whole warp; afterwards, and until the next exchange, exchanged(lane, i) is word i of
-  // what that lane brought. Two sets suffice: nobody brings a third before all have met again.
-  void exchange(const char* where, const Words& words) {
-    Thread& me = threads_[me_];
-    me.words[++me.exchanges % 2] = words;
-    meet(where, 0xffffffffu, 0);
-    if (me.taking_part != 0xffffffffu) fail(std::string(where) + " needs all lanes of the warp");
+  // Meets the whole warp; the lane that comes last computes for all of them, from what each brings
+  // and into it.
+  template <class T>
+  void together(const char* where, T& mine, void (*compute)(const std::array<T*, 32>&)) {
+    const bool last = meet(where, 0xffffffffu, reinterpret_cast<uint64_t>(&mine), kNoLane);
+    if (taking_part() != 0xffffffffu) fail(std::string(where) + " needs all lanes of the warp");
+    if (!last) return;
+    std::array<T*, 32> lanes;
+    for (int i = 0; i < 32; ++i) lanes[i] = reinterpret_cast<T*>(threads_[me_ / 32 * 32 + i].value);
+    compute(lanes);
   }
 
-  uint32_t exchanged(int from, int i) const {
-    return threads_[me_ / 32 * 32 + from].words[threads_[me_].exchanges % 2][i];
+  AsyncCopies& copies() { return threads_[me_].copies; }
+
+  // Whether `p` is on the stack of a thread.
+  bool is_private(const void* p) const {
+    const char* byte = static_cast<const char*>(p);
+    return byte >= stacks_ && byte < stacks_ + kStackBytes * num_stacks_;
   }
+
+  int thread() const { return me_; }
 
   int lane() const { return me_ % 32; }
 
@@ -221,7 +289,7 @@ class Block {
   // Ends the launch. The stacks of its threads are abandoned, so nothing on them may own memory.
   [[noreturn]] void fail(std::string&& message) {
     failure_ = std::move(message);
-    while (true) yield();  // never resumed: resume() throws
+    while (true) yield();  // never resumed: run() throws
   }
 
  private:
@@ -246,81 +314,65 @@ class Block {
     thread.index = {u % x, u / x % y, u / (x * y)};
     thread.state = State::kReady;
     thread.where = "";
-    thread.exchanges = 0;
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = stack_of(t);
-    thread.context.uc_stack.ss_size = kStackBytes - kPage;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, &Block::enter, 0);
+    thread.copies.under_way.clear();
+    thread.copies.groups = 0;
   }
 
-  char* stack_of(int t) const { return stacks_ + t * kStackBytes + kPage; }
-
-  static void enter() {
-    Block& block = current();
-    block.arrived(nullptr);
-    block.body_(block.body_argument_);
-    Thread& me = block.threads_[block.me_];
-    me.state = State::kDone;
-    ++block.done_;
-    block.release_warp_of_returned();
-    block.leave(true);
-  }
-
-  void resume(int t) {
-    me_ = t;
-    threadIdx = threads_[t].index;
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(&scheduler_fake_, stack_of(t), kStackBytes - kPage);
-#endif
-    swapcontext(&scheduler_, &threads_[t].context);
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(scheduler_fake_, nullptr, nullptr);
-#endif
-    if (!failure_.empty()) {
-#if defined(__SANITIZE_ADDRESS__)
-      __asan_unpoison_memory_region(stacks_, kStackBytes * threads_.size());
-#endif
-      throw Failure(position() + failure_);
+  // What each fiber does: its thread of one block after another.
+  static void run_threads() {
+    while (true) {
+      Block& block = current();
+      block.body_(block.body_argument_);
+      Thread& me = block.threads_[block.me_];
+      if (!me.copies.under_way.empty())
+        block.fail("returns before its asynchronous copies arrived");
+      me.state = State::kDone;
+      ++block.done_;
+      block.warps_[block.me_ / 32].returned |= 1u << block.lane();
+      block.release_warp_of_returned();
+      block.yield();
     }
   }
 
-  void arrived([[maybe_unused]] void* fake) {
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(fake, &scheduler_bottom_, &scheduler_size_);
-#endif
+  // Leaves `mine` for the thread whose turn it is in this round, or for the scheduler behind the
+  // last one or after a failure.
+  void next(Fiber& mine) {
+    if (turn_ == ready_.size() || !failure_.empty()) {
+      if (&mine != &scheduler_) mine.go_to(scheduler_);
+      return;
+    }
+    me_ = ready_[turn_++];
+    threadIdx = threads_[me_].index;
+    mine.go_to(threads_[me_].fiber);
   }
 
-  // Back to the scheduler; a thread that is done does not return from here.
-  void leave([[maybe_unused]] bool done) {
-    [[maybe_unused]] void* fake = nullptr;
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(done ? nullptr : &fake, scheduler_bottom_, scheduler_size_);
-#endif
-    swapcontext(&threads_[me_].context, &scheduler_);
-    arrived(fake);
-  }
-
-  void yield() { leave(false); }
+  void yield() { next(threads_[me_].fiber); }
 
   // Lets the lanes of the operation that `waiting` waits in go on, if all of them are there.
-  void complete(const Thread& waiting) {
+  bool complete(const Thread& waiting) {
     const int first = me_ / 32 * 32;
-    const unsigned mask = waiting.mask;
-    unsigned present = 0;
+    Warp& warp = warps_[me_ / 32];
+    const unsigned mask = waiting.mask, present = mask & ~warp.returned;
+    if ((present & ~warp.in_operation) != 0) return false;
+    unsigned same = 0;
     for (int i = 0; i < 32; ++i) {
-      if ((mask >> i & 1) == 0 || first + i >= static_cast<int>(threads_.size())) continue;
+      if ((present >> i & 1) == 0) continue;
       const Thread& other = threads_[first + i];
-      if (other.state == State::kDone) continue;
-      if (other.state != State::kInWarp) return;
-      if (other.mask != mask || std::strcmp(other.where, waiting.where) != 0) {
+      if (other.mask != mask) continue;
+      if (other.where == waiting.where || std::strcmp(other.where, waiting.where) == 0) {
+        same |= 1u << i;
+      }
+    }
+    if (same != present) {
+      for (int i = 0; i < 32; ++i) {
+        if (((present & ~same) >> i & 1) == 0) continue;
         // Part of a warp may be busy among itself; but two lanes may not wait for each other.
-        const auto lane = (&waiting - threads_.data()) % 32;
-        if ((other.mask >> lane & 1) == 0) return;
+        const Thread& other = threads_[first + i];
+        if ((other.mask & same) == 0) continue;
         fail("lanes of a warp meet in different operations or masks: " + std::string(other.where) +
              " and " + waiting.where);
       }
-      present |= 1u << i;
+      return false;
     }
     uint64_t values[32] = {};
     for (int i = 0; i < 32; ++i) {
@@ -331,12 +383,14 @@ class Block {
       Thread& other = threads_[first + i];
       if (other.source == kAllLanes) {
         std::memcpy(other.seen, values, sizeof(values));
-      } else {
+      } else if (other.source != kNoLane) {
         other.seen[other.source] = values[other.source];
       }
       other.taking_part = present;
       other.state = State::kReady;
     }
+    warp.in_operation &= ~present;
+    return true;
   }
 
   // The rest of the warp no longer waits for a lane that returned.
@@ -353,8 +407,8 @@ class Block {
   }
 
   std::string describe_deadlock() const {
-    int returned = 0, at_barrier = 0, in_warp = 0;
-    std::string barrier, warp;
+    int returned = 0, at_barrier = 0, in_warp = 0, waiting = 0;
+    std::string barrier, warp, event;
     for (const Thread& t : threads_) {
       returned += t.state == State::kDone;
       at_barrier += t.state == State::kAtBarrier;
@@ -362,11 +416,14 @@ class Block {
       if (t.state == State::kAtBarrier)
         barrier = std::string(t.where) + " in line " + std::to_string(t.line);
       if (t.state == State::kInWarp) warp = t.where;
+      waiting += t.state == State::kWaiting;
+      if (t.state == State::kWaiting) event = t.where;
     }
     return position() + "deadlock: of " + std::to_string(threads_.size()) + " threads " +
            std::to_string(returned) + " have returned, " + std::to_string(at_barrier) +
            " wait at a barrier (" + barrier + "), " + std::to_string(in_warp) +
-           " wait in a warp operation (" + warp + ")";
+           " wait in a warp operation (" + warp + "), " + std::to_string(waiting) +
+           " wait for an event (" + event + ")";
   }
 
   inline static Block* active_ = nullptr;
@@ -374,10 +431,13 @@ class Block {
   inline static int num_stacks_ = 0;
 
   std::vector<Thread> threads_;
+  std::vector<Warp> warps_;
   size_t shared_bytes_;
   void* shared_ = nullptr;
   std::mt19937 random_;
-  ucontext_t scheduler_;
+  Fiber scheduler_;
+  std::vector<int> ready_;  // threads that have their turn in this round
+  size_t turn_ = 0;         // of them next
   void (*body_)(const void*) = nullptr;
   const void* body_argument_ = nullptr;
   int me_ = 0;
@@ -386,9 +446,6 @@ class Block {
   int sum_ = 0;
   int result_ = 0;
   std::string failure_;
-  [[maybe_unused]] void* scheduler_fake_ = nullptr;
-  [[maybe_unused]] const void* scheduler_bottom_ = nullptr;
-  [[maybe_unused]] size_t scheduler_size_ = 0;
 };
 
 // kernel<<<grid, block, shared_bytes>>>(args...), finished when it returns.

@@ -1,0 +1,8 @@
+#include "attention/cuda/flash_forward_sm90.cuh"
+
+namespace pruneops {
+
+template cudaError_t launch_flash_forward_sm90<128>(const FlashForwardParams&, const FlashDevice&,
+                                                    cudaStream_t);
+
+}  // namespace pruneops
