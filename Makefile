@@ -76,10 +76,11 @@ $(TORCH_STAMP): $(STAMPS)/venv
 	rm -f $(STAMPS)/torch-*
 	touch $@
 
-$(STAMPS)/deps: $(TORCH_STAMP) requirements/build.txt requirements/dev.txt
+$(STAMPS)/deps: $(TORCH_STAMP) requirements/build.txt requirements/dev.txt requirements/headers.txt
 	@echo "installing build tools and test dependencies"
 	$(PIP) install -q -c $(CONSTRAINTS) -r requirements/build.txt
 	$(PIP) install -q -c $(CONSTRAINTS) -r requirements/dev.txt
+	$(PIP) install -q --no-deps -r requirements/headers.txt
 	touch $@
 
 $(STAMPS)/build: $(STAMPS)/deps $(BUILD_INPUTS)

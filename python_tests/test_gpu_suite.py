@@ -182,7 +182,7 @@ def test_what_matters_most_comes_first(tmp_path):
     assert planned[:3] == ["test_short_native", "test_short_triton", "test_attention_native"]
     kinds = [name.split("_")[0] for name in planned]
     assert kinds == sorted(kinds, key=["test", "bench", "sanitize"].index)
-    assert next(name for name in planned if name.startswith("bench")) == "bench_attention_triton"
+    assert next(name for name in planned if name.startswith("bench")) == "bench_attention_native"
     assert [step["step"] for step in suite.steps() if "sanitize" not in step["step"]] == planned[:-3]
 
 

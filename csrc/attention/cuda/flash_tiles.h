@@ -84,8 +84,8 @@ constexpr BackwardTileSm80 query_gradient_tile_sm80(int head_dim) {
 
 // Backward, sm_90a: wgmma by two consumer warpgroups with 64 keys (dk, dv) or 64 packed rows (dq)
 // each, one block a multiprocessor. A thread has 240 registers. For keys it keeps head_dim of sums
-// and step of scores and of products with values, rounded ones among them; for rows head_dim / 2 and
-// step. Rows arrive in three stages of 64, keys, whose tiles are twice as long, in two.
+// and step of scores and of products with values, rounded ones among them; for rows head_dim / 2
+// and step. Rows arrive in three stages of 64, keys, whose tiles are twice as long, in two.
 struct BackwardTileSm90 {
   int held;    // keys, or packed rows, of a block
   int step;    // rows of one head, or keys, that it goes through at a time
