@@ -20,13 +20,13 @@ cudaError_t launch_flash_gradients_sm80(const FlashBackwardParams& p, const Flas
   };
   using Keys = KeyGradients<kHeadDim>;
   using Queries = QueryGradients<kHeadDim>;
-  const cudaError_t error =
-      launch_kernel(flash_key_gradients_kernel<kHeadDim, kType, Weights>, grid(of_keys, s.total_k),
-                    dim3(Keys::kThreads), sizeof(typename Keys::Shared), stream, p, of_keys, weights);
+  const cudaError_t error = launch_kernel(
+      flash_key_gradients_kernel<kHeadDim, kType, Weights>, grid(of_keys, s.total_k),
+      dim3(Keys::kThreads), sizeof(typename Keys::Shared), stream, p, of_keys, weights);
   if (error != cudaSuccess) return error;
-  return launch_kernel(flash_query_gradients_kernel<kHeadDim, kType, Weights>, grid(of_rows, s.total_q),
-                       dim3(Queries::kThreads), sizeof(typename Queries::Shared), stream, p,
-                       of_rows, weights);
+  return launch_kernel(flash_query_gradients_kernel<kHeadDim, kType, Weights>,
+                       grid(of_rows, s.total_q), dim3(Queries::kThreads),
+                       sizeof(typename Queries::Shared), stream, p, of_rows, weights);
 }
 
 template <int kHeadDim>
