@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "attention/attention_cuda.h"
+#include "attention/cuda/flash_backward.h"
 #include "attention/cuda/policy.h"
 
 namespace pruneops {
@@ -12,8 +13,9 @@ namespace {
 struct PolicyInputs {
   int32_t device;
   Tensor q, k, v, policy, cu_seqlens;
-  Tensor bounds;  // scratch [2, num_segments + 1] int32
-  Tensor sums;    // scratch [num_segments, num_heads_k, head_dim]
+  Tensor bounds;    // scratch [2, num_segments + 1] int32
+  Tensor schedule;  // scratch [2 * flash_schedule_ints(num_segments)] int32, half for the forward
+  Tensor sums;      // scratch [num_segments, num_heads_k, head_dim]
 
   PolicyInputs(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& policy_in,
                const Tensor& cu_seqlens_in)
@@ -24,6 +26,7 @@ struct PolicyInputs {
         policy(cuda_vector(policy_in, ScalarType::Float, q.size(0), device, "policy")),
         cu_seqlens(cuda_cu_seqlens(cu_seqlens_in, device, "cu_seqlens")),
         bounds(empty_cuda_int32({2, cu_seqlens.size(0)}, device)),
+        schedule(empty_cuda_int32({2 * flash_schedule_ints(cu_seqlens.size(0) - 1)}, device)),
         sums(empty_cuda_float32({cu_seqlens.size(0) - 1, k.size(1), k.size(2)}, device)) {}
 
   CudaPolicyParams params(double softmax_scale, double epsilon) const {
@@ -42,6 +45,7 @@ struct PolicyInputs {
     params.softmax_scale = static_cast<float>(softmax_scale);
     params.epsilon = static_cast<float>(epsilon);
     params.bounds = static_cast<int32_t*>(bounds.mutable_data_ptr());
+    params.schedule = static_cast<int32_t*>(schedule.mutable_data_ptr());
     params.sums = float_data(sums);
     return params;
   }
@@ -104,7 +108,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_attention_backward_cuda(
   const Tensor dv = empty_cuda_like_dtype(inputs.v, like_keys);
   const Tensor dpolicy = empty_cuda_float32({forward.total}, device);
   const Tensor of_heads = empty_cuda_float32({heads.num_heads_k, forward.total}, device);
-  const Tensor delta = empty_cuda_float32({heads.num_heads_q, forward.total}, device);
+  const Tensor delta =
+      empty_cuda_float32({2 * flash_row_terms(forward.total, heads.num_heads_q)}, device);
   forward.out = row_view(out);
   forward.softmax_max = float_data(max);
   forward.softmax_sum = float_data(sum);

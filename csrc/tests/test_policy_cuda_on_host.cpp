@@ -11,6 +11,15 @@
 #include <string>
 #include <vector>
 
+#include "attention/cuda/flash_policy_backward_sm80_hd128.cu"
+#include "attention/cuda/flash_policy_backward_sm80_hd64.cu"
+#include "attention/cuda/flash_policy_backward_sm80_hd80.cu"
+#include "attention/cuda/flash_policy_backward_sm80_hd96.cu"
+#include "attention/cuda/flash_policy_forward_sm80_hd128.cu"
+#include "attention/cuda/flash_policy_forward_sm80_hd64.cu"
+#include "attention/cuda/flash_policy_forward_sm80_hd80.cu"
+#include "attention/cuda/flash_policy_forward_sm80_hd96.cu"
+#include "attention/cuda/flash_schedule.cu"
 #include "attention/cuda/policy.cu"
 #include "attention_case.h"
 #include "check.h"
@@ -90,6 +99,7 @@ Result run(const Case& c, Inputs& in) {
   Result result(c);
   const int64_t num_segments = static_cast<int64_t>(c.cu.size()) - 1;
   std::vector<int32_t> bounds(2 * c.cu.size(), -1);
+  std::vector<int32_t> schedule(2 * pruneops::flash_schedule_ints(num_segments), -1);
   std::vector<float> sums(num_segments * c.heads_k * c.head_dim + 1, kNan);
   pruneops::CudaPolicyParams p{};
   p.q = in.q.view();
@@ -106,13 +116,15 @@ Result run(const Case& c, Inputs& in) {
   p.softmax_max = result.max.data();
   p.softmax_sum = result.sum.data();
   p.bounds = bounds.data();
+  p.schedule = schedule.data();
   p.sums = sums.data();
   CHECK(pruneops::launch_policy_forward(p, nullptr) == cudaSuccess);
 
   std::vector<float> of_heads(c.heads_k * c.total + 1, kNan);
-  std::vector<float> delta(c.heads_q * c.total + 1, kNan);
+  std::vector<float> delta(2 * pruneops::flash_row_terms(c.total, c.heads_q) + 1, kNan);
   std::fill(sums.begin(), sums.end(), kNan);
   std::fill(bounds.begin(), bounds.end(), -1);
+  std::fill(schedule.begin(), schedule.end(), -1);
   pruneops::CudaPolicyBackwardParams b{};
   b.forward = p;
   b.dout = in.dout.view();

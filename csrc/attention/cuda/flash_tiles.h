@@ -16,6 +16,9 @@ namespace pruneops {
 // 8.9 and 12.x 100 KiB: two slots, the least there can be, let two blocks of up to 80 live on the
 // latter too (32 and 40 KiB). Larger ones live alone there, so 96 takes what 8.0 has for two
 // blocks, four slots (72 KiB), and 128 two (64 KiB).
+//
+// Policy attention has the same tiles. The 5 KiB that it keeps beside them, of what keys count and
+// of largest scores, leave as many blocks on either.
 struct ForwardTileSm80 {
   int rows;   // packed rows (query, head) of a block
   int keys;   // of a tile of keys or values
@@ -62,6 +65,9 @@ constexpr ForwardTileSm90 forward_tile_sm90(int head_dim) {
 // of 64 needs half as many barriers and reads of the held tiles as one of 32, and is taken where
 // that fits. Shared memory, the held tiles and two steps, is 48 to 72 KiB: two blocks on 8.0 (164
 // KiB), mostly one on 8.6, 8.9 and 12.x (100 KiB).
+//
+// Policy attention has the same tiles: what keys count and the sums for the policy take 4 registers
+// more where keys are held, none where rows are.
 struct BackwardTileSm80 {
   int held;                  // keys, or packed rows, of a block
   int step;                  // packed rows, or keys, that it goes through at a time

@@ -8,14 +8,14 @@
 
 namespace pruneops {
 
-constexpr int kDeltaThreads = 128;
+constexpr int kPolicyDeltaThreads = 128;
 
 // delta [num_heads_q, total] = rowsum(dout * out). One warp has one row of a head.
 template <class T>
-__global__ void __launch_bounds__(kDeltaThreads)
+__global__ void __launch_bounds__(kPolicyDeltaThreads)
     policy_delta_kernel(CudaPolicyBackwardParams p, bool dout_vectors, bool out_vectors) {
   const CudaPolicyParams& f = p.forward;
-  constexpr int kWarps = kDeltaThreads / kWarpSize;
+  constexpr int kWarps = kPolicyDeltaThreads / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize * kVector;
   const int64_t num_rows = f.total * f.heads.num_heads_q;
   for (int64_t item = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarpSize; item < num_rows;
@@ -196,9 +196,10 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
               for (int i = 0; i < kRowsOfThread; ++i) {
                 const int64_t own = q_begin + row + i - k_begin;
+                const bool exists = row + i < num_rows;
 #pragma unroll
                 for (int j = 0; j < kKeysOfThread; ++j) {
-                  const bool seen = key + j <= own && key + j < num_keys;
+                  const bool seen = exists && key + j <= own && key + j < num_keys;
                   const float weight = seen ? key_weight(f.policy + k_begin, key + j, own) : 0.0f;
                   if (seen) weights[row + i][key + j] *= weight;
                   ds[row + i][key + j] = seen ? change[i][j] * weight * f.softmax_scale : 0.0f;

@@ -1,0 +1,8 @@
+#include "attention/cuda/flash_policy_forward_sm80.cuh"
+
+namespace pruneops {
+
+template cudaError_t launch_flash_policy_forward_sm80<96>(const FlashPolicyForwardParams&,
+                                                          cudaStream_t);
+
+}  // namespace pruneops
