@@ -26,6 +26,8 @@ BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 BUILT = _runtime.build_info()["cuda"]
 STUB = BUILD / "torch_cuda_stub"
 FLASH_SOURCE = re.compile(r"flash_[a-z]+_sm(?P<arch>80|90)_hd(?P<head_dim>\d+)\.cu")
+# The same tiles in other ops; these are in every build.
+TILE_SOURCE = re.compile(r"(flash_policy_[a-z]+_sm80|tile_scores)_hd\d+\.cu")
 
 built = pytest.mark.skipif(not BUILT, reason=f"no CUDA library: {_runtime.build_info()['cuda_reason']}")
 in_build_tree = pytest.mark.skipif(not BUILD.is_dir(), reason="the package was not built here")
@@ -196,9 +198,10 @@ def test_attention_runs_on_the_tensor_cores() -> None:
     report = kernels()
     if any(entry["instructions"] is None for entry in report):
         pytest.skip("no cuobjdump was found when it was built")
-    products = [e for e in report if FLASH_SOURCE.fullmatch(e["source"]) and "_row_terms_" not in e["kernel"]]
-    assert bool(products) == bool(_runtime.build_info()["flash_head_dims"])
-    for entry in products:
+    flash = [e for e in report if FLASH_SOURCE.fullmatch(e["source"])]
+    tiles = [e for e in report if TILE_SOURCE.fullmatch(e["source"])]
+    assert bool(flash) == bool(_runtime.build_info()["flash_head_dims"]) and tiles
+    for entry in (e for e in (*flash, *tiles) if "_row_terms_" not in e["kernel"]):
         for_hopper = "_sm90_" in entry["source"]
         wanted = {"HGMMA", "UTMALDG"} if for_hopper else {"HMMA", "LDSM", "LDGSTS"}
         assert wanted <= set(entry["instructions"]), entry
