@@ -66,12 +66,14 @@ def find_cuobjdump(nvcc: str | None) -> str | None:
     return next((str(path) for path in candidates if path.is_file()), shutil.which("cuobjdump"))
 
 
-def disassembled(cuobjdump: str, path: Path) -> dict[tuple[str, str], set[str]]:
+def disassembled(cuobjdump: str, path: Path) -> dict[tuple[str, str], set[str]] | None:
+    """The instructions of each kernel, or None where cuobjdump cannot read them: it may be older than the compiler."""
     with subprocess.Popen([cuobjdump, "-sass", str(path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         used = read_sass(iter(process.stdout))
     if process.returncode != 0:
-        raise SystemExit(f"{cuobjdump} -sass {path} ended with {process.returncode}")
+        print(f"{cuobjdump} -sass {path} ended with {process.returncode}", file=sys.stderr)
+        return None
     return used
 
 
@@ -104,10 +106,10 @@ def collect(folder: Path, cuobjdump: str | None) -> list[Entry]:
         if not compiled.is_file():
             continue  # of a source that is gone
         report = read_log(log.read_text(encoding="utf-8"))
-        used = disassembled(cuobjdump, compiled) if cuobjdump and report else {}
+        used = disassembled(cuobjdump, compiled) if cuobjdump and report else None
         for entry, name in zip(report, short_names([entry["mangled"] for entry in report]), strict=True):
-            found = used.get((entry["arch"], entry["mangled"]), set())
-            instructions = [i for i in INSTRUCTIONS if i in found] if cuobjdump else None
+            found = None if used is None else used.get((entry["arch"], entry["mangled"]), set())
+            instructions = None if found is None else [i for i in INSTRUCTIONS if i in found]
             entries.append(
                 {"source": compiled.name.removesuffix(".o"), "kernel": name, **entry, "instructions": instructions}
             )

@@ -193,6 +193,18 @@ def test_every_kernel_is_compiled_for_its_architectures_without_spills_or_local_
 
 @built
 @in_build_tree
+def test_kernels_that_share_out_registers_begin_with_the_number_they_count_on() -> None:
+    """`take_registers` would wait for ever in a block that begins with fewer."""
+    for entry in kernels():
+        found = FLASH_SOURCE.fullmatch(entry["source"])
+        if found is None or found["arch"] != "90" or "_row_terms_" in entry["kernel"]:
+            continue
+        threads = 512 if "_forward_" in entry["source"] and found["head_dim"] != "128" else 384
+        assert (entry["registers"], entry["static_shared"]) == (65536 // threads // 8 * 8, 0), entry
+
+
+@built
+@in_build_tree
 def test_attention_runs_on_the_tensor_cores() -> None:
     """Products of warpgroups and copies of tiles by the hardware on Hopper, products of warps elsewhere."""
     report = kernels()

@@ -18,6 +18,7 @@
 namespace pruneops {
 
 constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxHeads = 65535;  // a dimension of a CUDA grid
 
 // head_dim rounded up to the widest vector: the row length of fp32 scratch that outlives a tile.
 static inline int64_t padded_head_dim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }

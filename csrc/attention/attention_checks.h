@@ -34,6 +34,8 @@ inline Heads checked_heads(const Tensor& q, const Tensor& k, const char* k_name)
                       heads.num_heads_q % heads.num_heads_k == 0,
                   "the number of query heads must be a multiple of the number of key heads, got ",
                   heads.num_heads_q, " and ", heads.num_heads_k);
+  STD_TORCH_CHECK(heads.num_heads_q <= kMaxHeads, "there may be at most ", kMaxHeads,
+                  " query heads, got ", heads.num_heads_q);
   STD_TORCH_CHECK(q.size(0) <= kMaxRows && k.size(dk - 3) <= kMaxRows, "too many rows");
   return heads;
 }

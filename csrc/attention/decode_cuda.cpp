@@ -46,9 +46,9 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention_cuda(const Tensor& q_in, con
   const Tensor scores = return_scores ? empty_cuda_float32({batch, capacity}, device)
                                       : empty_cuda_float32({0, 0}, device);
   CudaDecodeParams params{};
-  params.q = row_view(q);
-  params.k = row_view(k);
-  params.v = row_view(v);
+  params.q = kernel_view(q);
+  params.k = kernel_view(k);
+  params.v = kernel_view(v);
   params.out = row_view(out);
   params.heads = heads;
   params.lengths = int_data(used);

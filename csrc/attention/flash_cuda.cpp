@@ -10,17 +10,6 @@
 namespace pruneops {
 namespace {
 
-// The stride of a dimension without a second entry may be anything in torch; kernels get one that
-// is aligned.
-RowView flash_view(const Tensor& t) {
-  RowView view = row_view(t);
-  const int64_t d = t.dim(), head_dim = t.size(d - 1);
-  if (t.size(d - 2) <= 1) view.head_stride = head_dim;
-  if (t.size(d - 3) <= 1) view.row_stride = head_dim;
-  if (d == 4 && t.size(0) <= 1) view.slot_stride = head_dim;
-  return view;
-}
-
 // Whether the kernels can read these rows in place. An expanded tensor, with strides of 0, is none
 // that Hopper's copies are documented for.
 bool is_readable(const Tensor& t) {
@@ -29,7 +18,7 @@ bool is_readable(const Tensor& t) {
   for (int64_t d = 0; d < last; ++d) {
     if (t.size(d) > 1 && t.stride(d) == 0) return false;
   }
-  return flash_reads(flash_view(t));
+  return flash_reads(kernel_view(t));
 }
 
 // bf16 or fp16 heads on the device, [rows, heads, head_dim] or slots of such rows; copied where the
@@ -91,6 +80,11 @@ struct FlashInputs {
     segments.num_segments = num_segments();
     segments.total_q = q.size(0);
     segments.total_k = seqused_k.has_value() ? 0 : k.size(0);
+    // An empty seqused_k has no address. Without segments there are no keys either way, and
+    // boundaries of none are clamped to 0.
+    if (segments.seqused_k == nullptr && segments.cu_seqlens_k == nullptr) {
+      segments.cu_seqlens_k = segments.cu_seqlens_q;
+    }
     return segments;
   }
 
@@ -129,10 +123,10 @@ std::tuple<Tensor, Tensor> varlen_attention_cuda(const Tensor& q, const Tensor& 
   const Tensor lse = empty_cuda_float32({params.heads.num_heads_q, total_q}, device);
   if (total_q == 0) return {out, lse};
   const Tensor schedule = empty_cuda_int32({flash_schedule_ints(inputs.num_segments())}, device);
-  params.q = flash_view(inputs.q);
-  params.k = flash_view(inputs.k);
-  params.v = flash_view(inputs.v);
-  params.out = flash_view(out);
+  params.q = kernel_view(inputs.q);
+  params.k = kernel_view(inputs.k);
+  params.v = kernel_view(inputs.v);
+  params.out = kernel_view(out);
   params.softmax_lse = float_data(lse);
   params.visibility = {causal, int_data(inputs.kv_limit)};
   params.softmax_scale = static_cast<float>(softmax_scale);
@@ -187,16 +181,16 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward_cuda(
   const Tensor schedule =
       empty_cuda_int32({2 * flash_schedule_ints(inputs.num_segments())}, device);
   static_assert(sizeof(FlashRowTerms) == 2 * sizeof(float));
-  params.q = flash_view(inputs.q);
-  params.k = flash_view(inputs.k);
-  params.v = flash_view(inputs.v);
-  params.out = flash_view(out);
-  params.dout = flash_view(dout);
+  params.q = kernel_view(inputs.q);
+  params.k = kernel_view(inputs.k);
+  params.v = kernel_view(inputs.v);
+  params.out = kernel_view(out);
+  params.dout = kernel_view(dout);
   params.softmax_lse = static_cast<const float*>(lse.const_data_ptr());
   params.dsoftmax_lse = const_data_of<float>(dlse);
-  params.dq = flash_view(dq);
-  params.dk = flash_view(dk);
-  params.dv = flash_view(dv);
+  params.dq = kernel_view(dq);
+  params.dk = kernel_view(dk);
+  params.dv = kernel_view(dv);
   params.visibility = {causal, int_data(inputs.kv_limit)};
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.row_terms = data_of<FlashRowTerms>(row_terms);

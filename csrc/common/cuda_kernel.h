@@ -31,11 +31,16 @@ inline cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 
   (void)stream;
   cuda_on_host::launch(kernel, grid, block, shared_bytes, static_cast<Parameters>(args)...);
 #else
-  constexpr size_t kWithoutAsking = size_t{48} << 10;
+  // A block has 48 KiB without asking, static shared memory included, of which no kernel has more
+  // than 9 KiB beside dynamic memory.
+  constexpr size_t kWithoutAsking = size_t{39} << 10;
   if (shared_bytes > kWithoutAsking) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or the next launch would report it
+      return error;
+    }
   }
   // clang-format off
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(args)...);

@@ -30,7 +30,7 @@ template <class Tile>
 PRUNEOPS_HOST_DEVICE constexpr uint64_t operand_bits(uint32_t tile, int offset, int distance) {
   constexpr uint32_t kSwizzle = Tile::kRowBytes == 128 ? 1 : Tile::kRowBytes == 64 ? 2 : 3;
   constexpr uint32_t kHigh = 8 * Tile::kRowBytes / 16 | kSwizzle << 30;
-  const uint32_t first = tile >> 4 | static_cast<uint32_t>(distance / 16) << 16;
+  const uint32_t first = (tile & 0x3ffff) >> 4 | static_cast<uint32_t>(distance / 16) << 16;
   return uint64_t{kHigh} << 32 | (first + static_cast<uint32_t>(offset) / 16);
 }
 

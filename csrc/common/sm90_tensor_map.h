@@ -14,7 +14,7 @@
 namespace pruneops {
 
 // What the hardware reads. A kernel takes it by value as `const __grid_constant__ TensorMap`.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   uint64_t words[16];
 };
 
@@ -76,7 +76,8 @@ inline cudaError_t encode_tensor_map(TensorMap* map, const TensorGeometry& g, in
 
 // Through the driver's own function, found at run time: the library links no libcuda.
 inline cudaError_t encode_tensor_map(TensorMap* map, const TensorGeometry& g, int row_bytes) {
-  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) <= 64);
+  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) &&
+                alignof(TensorMap) >= alignof(CUtensorMap));
   using Encode =
       CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                    const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
@@ -105,6 +106,7 @@ inline cudaError_t encode_tensor_map(TensorMap* map, const TensorGeometry& g, in
       reinterpret_cast<CUtensorMap*>(map), CU_TENSOR_MAP_DATA_TYPE_UINT16, 5,
       const_cast<void*>(g.base), g.sizes, g.strides, g.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_ERROR_INVALID_CONTEXT) return cudaErrorDeviceUninitialized;
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -60,6 +60,14 @@ constexpr int64_t flash_most_tiles(int64_t total, int64_t num_segments, const Fl
   return (total * order.group + (num_segments + 2) * (order.tile - 1)) / order.tile;
 }
 
+// The blocks of a pass with one work item each; where no grid is that large, a number that a launch
+// refuses.
+inline unsigned flash_blocks(int64_t heads, int64_t total, int64_t num_segments,
+                             const FlashOrder& order) {
+  const int64_t items = heads * flash_most_tiles(total, num_segments, order);
+  return items < int64_t{1} << 31 ? static_cast<unsigned>(items) : ~0u;
+}
+
 // Fills the scratch of one or two orders in one launch.
 cudaError_t launch_flash_schedule(const FlashSegments& segments, const FlashOrder* orders,
                                   int num_orders, cudaStream_t stream);

@@ -15,8 +15,7 @@ cudaError_t launch_flash_gradients_sm80(const FlashBackwardParams& p, const Flas
                                         cudaStream_t stream) {
   const FlashSegments& s = p.segments;
   const auto grid = [&](const FlashOrder& order, int64_t total) {
-    return dim3(static_cast<unsigned>(p.heads.num_heads_k *
-                                      flash_most_tiles(total, s.num_segments, order)));
+    return dim3(flash_blocks(p.heads.num_heads_k, total, s.num_segments, order));
   };
   using Keys = KeyGradients<kHeadDim>;
   using Queries = QueryGradients<kHeadDim>;

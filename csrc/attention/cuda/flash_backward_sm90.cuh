@@ -15,8 +15,7 @@ cudaError_t launch_flash_gradients_sm90(const FlashBackwardParams& p, const Flas
   using Queries = QueryGradientsSm90<kHeadDim>;
   const FlashSegments& s = p.segments;
   const auto grid = [&](const FlashOrder& order, int64_t total) {
-    return dim3(static_cast<unsigned>(p.heads.num_heads_k *
-                                      flash_most_tiles(total, s.num_segments, order)));
+    return dim3(flash_blocks(p.heads.num_heads_k, total, s.num_segments, order));
   };
   BackwardMapsSm90 maps;
   TensorMap k_map, v_map;  // for the tiles that the queries go through

@@ -11,9 +11,11 @@ namespace pruneops {
 constexpr int kDeltaThreads = 128;
 
 // A few lanes have a row of one head, 16 bytes each; blockIdx.y is the head. What is made of rows
-// outside of all segments, and of the NaN that may lie there, is not used.
+// outside of all segments, and of the NaN that may lie there, is not used. Static, as is its
+// launch: files compiled for different architectures have it, and the linker must not take one for
+// another.
 template <class T, int kHeadDim, class Weights>
-__global__ void __launch_bounds__(kDeltaThreads)
+static __global__ void __launch_bounds__(kDeltaThreads)
     flash_row_terms_kernel(FlashBackwardParams p, Weights weights) {
   constexpr int kVectors = kHeadDim / kVector;
   constexpr int kLanes = kVectors <= 8 ? 8 : 16;
@@ -39,8 +41,8 @@ __global__ void __launch_bounds__(kDeltaThreads)
 }
 
 template <class T, int kHeadDim, class Weights = EqualKeys>
-cudaError_t launch_flash_row_terms(const FlashBackwardParams& p, cudaStream_t stream,
-                                   const Weights& weights = {}) {
+static cudaError_t launch_flash_row_terms(const FlashBackwardParams& p, cudaStream_t stream,
+                                          const Weights& weights = {}) {
   constexpr int kRows = kDeltaThreads / (kHeadDim / kVector <= 8 ? 8 : 16);
   const dim3 grid(static_cast<unsigned>((p.segments.total_q + kRows - 1) / kRows),
                   static_cast<unsigned>(p.heads.num_heads_q));

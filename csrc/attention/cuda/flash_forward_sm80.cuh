@@ -172,13 +172,13 @@ cudaError_t launch_flash_forward_sm80(const FlashForwardParams& p, const FlashDe
                             p.schedule};
   const cudaError_t error = launch_flash_schedule(p.segments, &order, 1, stream);
   if (error != cudaSuccess) return error;
-  const int64_t items =
-      p.heads.num_heads_k * flash_most_tiles(p.segments.total_q, p.segments.num_segments, order);
+  const dim3 grid(
+      flash_blocks(p.heads.num_heads_k, p.segments.total_q, p.segments.num_segments, order));
   const auto kernel = p.q.type == FloatType::kBFloat16
                           ? flash_forward_sm80_kernel<kHeadDim, MmaType::kBFloat16>
                           : flash_forward_sm80_kernel<kHeadDim, MmaType::kFloat16>;
-  return launch_kernel(kernel, dim3(static_cast<unsigned>(items)), dim3(Config::kThreads),
-                       Config::kSharedBytes, stream, p, order);
+  return launch_kernel(kernel, grid, dim3(Config::kThreads), Config::kSharedBytes, stream, p,
+                       order);
 }
 
 }  // namespace pruneops

@@ -53,10 +53,12 @@ cudaError_t launch_flash_forward_sm90(const FlashForwardParams& p, const FlashDe
   if (p.segments.total_q == 0) return cudaSuccess;
   const FlashOrder order = {false, Config::kTile.rows, static_cast<int32_t>(p.heads.group),
                             p.schedule};
+  // First, since a launch makes the context current on this thread, without which the driver makes
+  // no map.
+  cudaError_t error = launch_flash_schedule(p.segments, &order, 1, stream);
   TensorMap k_map{}, v_map{};
-  cudaError_t error = make_keys_map<kHeadDim>(&k_map, p.k, p);
+  if (error == cudaSuccess) error = make_keys_map<kHeadDim>(&k_map, p.k, p);
   if (error == cudaSuccess) error = make_keys_map<kHeadDim>(&v_map, p.v, p);
-  if (error == cudaSuccess) error = launch_flash_schedule(p.segments, &order, 1, stream);
   if (error != cudaSuccess) return error;
   const int64_t items =
       p.heads.num_heads_k * flash_most_tiles(p.segments.total_q, p.segments.num_segments, order);

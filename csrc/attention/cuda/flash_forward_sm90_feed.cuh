@@ -28,11 +28,12 @@ __device__ __forceinline__ void feed_keys(const FlashForwardParams& p, const Fla
     prefetch_tensor_map(v_map);
   }
   RingPosition<Config::kWorkStages> at_work;
-  RingPosition<Config::kTile.stages> at;  // of keys and values alike
-  uint32_t item = blockIdx.x;
+  RingPosition<Config::kTile.stages> at;    // of keys and values alike
+  uint32_t taken = blockIdx.x - gridDim.x;  // so that the first item is blockIdx.x
   while (true) {
     FlashTile tile;
-    const bool any = find_tile(order, p.segments, p.heads, __shfl_sync(kAllLanes, item, 0), tile);
+    const bool any =
+        find_tile(order, p.segments, p.heads, gridDim.x + __shfl_sync(kAllLanes, taken, 0), tile);
     ForwardWorkSm90& work = small.work[at_work.stage];
     if (leads) wait_for_phase(&small.work_empty[at_work.stage], at_work.parity ^ 1);
     if (!any) {
@@ -51,9 +52,9 @@ __device__ __forceinline__ void feed_keys(const FlashForwardParams& p, const Fla
       arrive(&small.work_full[at_work.stage]);
     }
     at_work.advance();
-    // Known by the time it is needed. Not atomicAdd(), which nvcc would gather over the warp and
-    // wait for.
-    if (leads) item = gridDim.x + atomicInc(taken_items(p, order), ~0u);
+    // Known by the time it is needed. Neither atomicAdd() nor a bound of ~0u, which ptxas would
+    // gather over the warp and wait for; nothing is added here, which would wait too.
+    if (leads) taken = atomicInc(taken_items(p, order), ~1u);
     for (int32_t i = keys.all; leads && i-- > 0; at.advance()) {
       const Segment& segment = tile.segment;
       const int32_t first = i * Config::kTile.keys;

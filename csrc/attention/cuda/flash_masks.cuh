@@ -64,7 +64,8 @@ PRUNEOPS_HOST_DEVICE inline int64_t end_of_queries(const PackedRows& rows, int n
 // queries' sign instead, since the largest exponent must come from the largest product. Never 0,
 // for a masked product is -inf.
 __device__ __forceinline__ float log2_scale_of(float softmax_scale) {
-  return fmaxf(fabsf(softmax_scale) * kLog2OfE, FLT_MIN);
+  const float scale = fabsf(softmax_scale) * kLog2OfE;
+  return scale < FLT_MIN ? FLT_MIN : scale;  // a NaN stays one
 }
 
 // The natural logarithm of a row's sum of exponents.

@@ -102,7 +102,7 @@ struct PolicyKeys {
   };
 
   template <int kKeys>
-  struct TileKeys {
+  struct alignas(8) TileKeys {
     float counts[kKeys];
 
     __device__ __forceinline__ void put(int key, float count) { counts[key] = count; }

@@ -306,13 +306,11 @@ cudaError_t launch_flash_policy_forward_sm80(const FlashPolicyForwardParams& par
                                              cudaStream_t stream) {
   using Config = ForwardSm80<kHeadDim>;
   const CudaPolicyParams& p = params.policy;
-  const int64_t items =
-      p.heads.num_heads_k * flash_most_tiles(p.total, p.num_segments, params.rows);
+  const dim3 grid(flash_blocks(p.heads.num_heads_k, p.total, p.num_segments, params.rows));
   const auto kernel = p.q.type == FloatType::kBFloat16
                           ? flash_policy_forward_sm80_kernel<kHeadDim, MmaType::kBFloat16>
                           : flash_policy_forward_sm80_kernel<kHeadDim, MmaType::kFloat16>;
-  return launch_kernel(kernel, dim3(static_cast<unsigned>(items)), dim3(Config::kThreads),
-                       Config::kSharedBytes, stream, params);
+  return launch_kernel(kernel, grid, dim3(Config::kThreads), Config::kSharedBytes, stream, params);
 }
 
 }  // namespace pruneops

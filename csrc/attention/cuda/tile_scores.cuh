@@ -46,7 +46,8 @@ class RowTiles {
   // Of the queries: the first of the packed rows, in units of their group.
   __device__ __forceinline__ int head() const { return head_; }
   __device__ __forceinline__ int head_k() const { return head_k_; }
-  // Whether some row does not see all of the block's keys.
+  // Whether some row does not see all of the block's keys, or is not there: against a key that is
+  // not finite its zeros would make a NaN.
   __device__ __forceinline__ bool masked() const { return masked_; }
   __device__ __forceinline__ bool is_last_head() const {
     return !kNested || head_ + 1 == static_cast<int>(p_.heads.num_heads_q);
@@ -78,7 +79,7 @@ class RowTiles {
     for (; any(); step()) {
       const Limits limits = limits_of(p_.visibility, keys_.segment, rows_.first_query,
                                       end_of_queries(rows_, num_rows()));
-      masked_ = limits.least < keys_.begin + keys_.size;
+      masked_ = limits.least < keys_.begin + keys_.size || num_rows() < kStreamedRows;
       if (limits.most > keys_.begin) return;
     }
   }
@@ -93,7 +94,7 @@ class RowTiles {
 };
 
 // What the probabilities of a tile's rows need to know of them.
-struct RowFacts {
+struct alignas(8) RowFacts {
   float log2_lse[kStreamedRows];  // base 2, infinite past the rows: their probability is 0
   int32_t limits[kStreamedRows];  // keys seen, counted from the block's first
 };
@@ -209,6 +210,7 @@ __global__ void __launch_bounds__(kScoreThreads, kNested ? 2 : 3)
     int32_t limit = 0;
     const auto read_facts = [&] {
       lse = INFINITY;
+      limit = 0;
       if (thread >= tiles.num_rows()) return;
       int query, head;
       const PackedRows& rows = tiles.rows();

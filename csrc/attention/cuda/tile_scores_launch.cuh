@@ -16,20 +16,20 @@ cudaError_t launch_tile_scores(const TileScoreParams& p, cudaStream_t stream) {
   const CudaScoreParams& s = p.scores;
   const float* lse = s.softmax_lse;
   if (lse == nullptr && s.total_q > 0) {
-    const int64_t items = s.heads.num_heads_k * flash_most_tiles(s.total_q, s.num_segments, p.rows);
+    const dim3 grid(flash_blocks(s.heads.num_heads_k, s.total_q, s.num_segments, p.rows));
     const cudaError_t error =
-        launch_kernel(tile_lse_kernel<kHeadDim, kType>, dim3(static_cast<unsigned>(items)),
-                      dim3(kScoreThreads), kSharedBytes, stream, s, p.segments, p.rows, p.lse);
+        launch_kernel(tile_lse_kernel<kHeadDim, kType>, grid, dim3(kScoreThreads), kSharedBytes,
+                      stream, s, p.segments, p.rows, p.lse);
     if (error != cudaSuccess) return error;
     lse = p.lse;
   }
   const auto kernel = p.nested ? tile_scores_kernel<kHeadDim, kType, true>
                                : tile_scores_kernel<kHeadDim, kType, false>;
-  const int64_t items =
-      (p.nested ? 1 : s.heads.num_heads_k) * flash_most_tiles(s.total_k, s.num_segments, p.keys);
-  return launch_kernel(
-      kernel, dim3(static_cast<unsigned>(items), static_cast<unsigned>(p.num_splits)),
-      dim3(kScoreThreads), kSharedBytes, stream, s, p.segments, p.keys, lse, p.sums);
+  const dim3 grid(
+      flash_blocks(p.nested ? 1 : s.heads.num_heads_k, s.total_k, s.num_segments, p.keys),
+      static_cast<unsigned>(p.num_splits));
+  return launch_kernel(kernel, grid, dim3(kScoreThreads), kSharedBytes, stream, s, p.segments,
+                       p.keys, lse, p.sums);
 }
 
 template <int kHeadDim>

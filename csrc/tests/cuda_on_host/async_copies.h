@@ -19,7 +19,7 @@ inline void copy_16_bytes_async(void* shared, const void* global, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % kCopyBytes != 0) {
     block.fail("an asynchronous copy to an address that is not on 16 bytes");
   }
-  if (reinterpret_cast<uintptr_t>(global) % kCopyBytes != 0 && valid) {
+  if (reinterpret_cast<uintptr_t>(global) % kCopyBytes != 0) {
     block.fail("an asynchronous copy from an address that is not on 16 bytes");
   }
   if (block.is_private(shared)) block.fail("an asynchronous copy to memory that is not shared");
