@@ -152,10 +152,21 @@ def _forward(layer: nn.Module, hidden_states: Tensor, *args: Any, addends: bool 
     With `addends` it returns the residual stream after attention, and what the MLP adds to it.
     """
     if not addends:
-        return type(layer).forward(layer, hidden_states, *args, **kwargs)
+        return _without_checkpoint(layer, hidden_states, *args, **kwargs)
     attended, _ = layer.self_attn(layer.input_layernorm(hidden_states), *args, **kwargs)
     residual = hidden_states + attended
     return residual, layer.mlp(layer.post_attention_layernorm(residual))
+
+
+def _without_checkpoint(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the class. Newer versions of transformers checkpoint in it, which a `ModLayer` does already."""
+    if not getattr(layer, "gradient_checkpointing", False):
+        return type(layer).forward(layer, *args, **kwargs)
+    layer.gradient_checkpointing = False
+    try:
+        return type(layer).forward(layer, *args, **kwargs)
+    finally:
+        layer.gradient_checkpointing = True
 
 
 def _has_forward_of_its_class(layer: nn.Module) -> bool:
