@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-from pruneops import _runtime
-
 _SUFFIXES = (".abi3.so", *importlib.machinery.EXTENSION_SUFFIXES, ".so")
 
 
@@ -73,6 +71,8 @@ def load_cuda() -> str | None:
 
 def flash_head_dims() -> tuple[int, ...]:
     """The sizes of heads whose attention kernels the CUDA library was built with; none without such a library."""
+    from pruneops import _runtime
+
     return tuple(_runtime.build_info()["flash_head_dims"])
 
 

@@ -33,6 +33,13 @@ struct RowView {
   FloatType type;
 };
 
+// Whether every row of a head may be read 16 bytes at a time.
+static inline bool begins_on_16_bytes(const RowView& view) {
+  const int64_t elements = 16 / element_size(view.type);
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.slot_stride % elements == 0 &&
+         view.row_stride % elements == 0 && view.head_stride % elements == 0;
+}
+
 // One sequence of the batch: rows [q_begin, q_begin + q_len) of the queries, rows
 // [k_begin, k_begin + k_len) of slot `slot` of the keys.
 struct Segment {

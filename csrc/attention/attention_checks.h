@@ -14,11 +14,13 @@ namespace pruneops {
 
 inline float* float_data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-// View of [rows, heads, head_dim] or slots [batch, capacity, heads, head_dim].
+// View of [rows, heads, head_dim] or slots [batch, capacity, heads, head_dim]. The stride of a
+// dimension without a second entry may be anything in torch; kernels get one as in a dense tensor.
 inline RowView row_view(const Tensor& t) {
   const int64_t d = t.dim();
-  return {const_cast<void*>(t.const_data_ptr()), d == 4 ? t.stride(0) : 0, t.stride(d - 3),
-          t.stride(d - 2), float_type(t)};
+  const auto stride = [&](int64_t i) { return t.size(i) > 1 ? t.stride(i) : t.size(d - 1); };
+  return {const_cast<void*>(t.const_data_ptr()), d == 4 ? stride(0) : 0, stride(d - 3),
+          stride(d - 2), float_type(t)};
 }
 
 // Sizes shared by queries and keys, checked.

@@ -14,17 +14,6 @@
 
 namespace pruneops {
 
-// The stride of a dimension without a second entry may be anything in torch; kernels get one that
-// is aligned.
-inline RowView kernel_view(const Tensor& t) {
-  RowView view = row_view(t);
-  const int64_t d = t.dim(), head_dim = t.size(d - 1);
-  if (t.size(d - 2) <= 1) view.head_stride = head_dim;
-  if (t.size(d - 3) <= 1) view.row_stride = head_dim;
-  if (d == 4 && t.size(0) <= 1) view.slot_stride = head_dim;
-  return view;
-}
-
 // Rows of fp32, bf16 or fp16 heads on the device, each head's elements contiguous.
 inline Tensor cuda_rows(const Tensor& t, int32_t device, const char* name) {
   check_cuda(t, device, name);

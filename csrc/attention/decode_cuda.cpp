@@ -9,15 +9,15 @@ namespace pruneops {
 namespace {
 
 // Queries or cache slots of fp32, bf16 or fp16 on the device, each head's elements contiguous. A
-// copy is made of 16-bit heads that could lie on 16 bytes but do not.
+// copy is made of 16-bit heads that could lie on 16 bytes but do not: to read them element by
+// element is slow.
 Tensor decode_rows(const Tensor& t, int64_t dim, int32_t device, const char* name) {
   check_cuda(t, device, name);
   check_dim(t, dim, name);
   check_floating(t, name);
   bool good = t.size(dim - 1) <= 1 || t.stride(dim - 1) == 1;
   if (t.element_size() == 2 && t.size(dim - 1) % 8 == 0) {
-    const int64_t slots = dim == 4 ? t.size(0) : 1;
-    good = good && begins_on_16_bytes(row_view(t), slots, t.size(dim - 3), t.size(dim - 2));
+    good = good && begins_on_16_bytes(row_view(t));
   }
   return good ? t : dense_copy(t);
 }
@@ -46,9 +46,9 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention_cuda(const Tensor& q_in, con
   const Tensor scores = return_scores ? empty_cuda_float32({batch, capacity}, device)
                                       : empty_cuda_float32({0, 0}, device);
   CudaDecodeParams params{};
-  params.q = kernel_view(q);
-  params.k = kernel_view(k);
-  params.v = kernel_view(v);
+  params.q = row_view(q);
+  params.k = row_view(k);
+  params.v = row_view(v);
   params.out = row_view(out);
   params.heads = heads;
   params.lengths = int_data(used);

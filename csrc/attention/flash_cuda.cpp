@@ -18,7 +18,7 @@ bool is_readable(const Tensor& t) {
   for (int64_t d = 0; d < last; ++d) {
     if (t.size(d) > 1 && t.stride(d) == 0) return false;
   }
-  return flash_reads(kernel_view(t));
+  return flash_reads(row_view(t));
 }
 
 // bf16 or fp16 heads on the device, [rows, heads, head_dim] or slots of such rows; copied where the
@@ -123,10 +123,10 @@ std::tuple<Tensor, Tensor> varlen_attention_cuda(const Tensor& q, const Tensor& 
   const Tensor lse = empty_cuda_float32({params.heads.num_heads_q, total_q}, device);
   if (total_q == 0) return {out, lse};
   const Tensor schedule = empty_cuda_int32({flash_schedule_ints(inputs.num_segments())}, device);
-  params.q = kernel_view(inputs.q);
-  params.k = kernel_view(inputs.k);
-  params.v = kernel_view(inputs.v);
-  params.out = kernel_view(out);
+  params.q = row_view(inputs.q);
+  params.k = row_view(inputs.k);
+  params.v = row_view(inputs.v);
+  params.out = row_view(out);
   params.softmax_lse = float_data(lse);
   params.visibility = {causal, int_data(inputs.kv_limit)};
   params.softmax_scale = static_cast<float>(softmax_scale);
@@ -181,16 +181,16 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward_cuda(
   const Tensor schedule =
       empty_cuda_int32({2 * flash_schedule_ints(inputs.num_segments())}, device);
   static_assert(sizeof(FlashRowTerms) == 2 * sizeof(float));
-  params.q = kernel_view(inputs.q);
-  params.k = kernel_view(inputs.k);
-  params.v = kernel_view(inputs.v);
-  params.out = kernel_view(out);
-  params.dout = kernel_view(dout);
+  params.q = row_view(inputs.q);
+  params.k = row_view(inputs.k);
+  params.v = row_view(inputs.v);
+  params.out = row_view(out);
+  params.dout = row_view(dout);
   params.softmax_lse = static_cast<const float*>(lse.const_data_ptr());
   params.dsoftmax_lse = const_data_of<float>(dlse);
-  params.dq = kernel_view(dq);
-  params.dk = kernel_view(dk);
-  params.dv = kernel_view(dv);
+  params.dq = row_view(dq);
+  params.dk = row_view(dk);
+  params.dv = row_view(dv);
   params.visibility = {causal, int_data(inputs.kv_limit)};
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.row_terms = data_of<FlashRowTerms>(row_terms);

@@ -114,4 +114,25 @@ inline void check_flash_backward(const FlashCase& c, int64_t head_dim, FloatType
   check_flash_backward(in, seed, with_dlse, num_schedules, device, own_forward);
 }
 
+// Every head dim and dtype, behind our own forward pass, in every order.
+inline void check_flash_backward_in_every_order(const FlashDevice& device) {
+  FlashCase c{"orders", boundaries({37, 0, 9}, 1), boundaries({70, 4, 9}), 48, 85, 6, 2};
+  c.padding = 8;
+  for (int64_t head_dim : {64, 80, 96, 128}) {
+    for (FloatType type : {FloatType::kBFloat16, FloatType::kFloat16}) {
+      c.with_limit = type == FloatType::kFloat16;
+      check_flash_backward(c, head_dim, type, 80, true, cuda_on_host::all_schedules().size(),
+                           device, true);
+    }
+  }
+}
+
+inline void check_flash_backward_with_scales_of_any_kind(const FlashDevice& device) {
+  for (float scale : {0.0f, -0.5f, 4.0f}) {
+    FlashInputs in({"scale", {0, 20}, {0, 40}, 20, 40}, 64, FloatType::kFloat16, 90);
+    in.scale = scale;
+    check_flash_backward(in, 90, true, 1, device);
+  }
+}
+
 }  // namespace pruneops::testing

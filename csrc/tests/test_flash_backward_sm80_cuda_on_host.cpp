@@ -40,27 +40,6 @@ void gradients_equal_double_precision() {
   check_flash_backward(several_steps, 80, FloatType::kFloat16, 71, true, 1, kDevice);
 }
 
-// Every head dim and dtype, behind our own forward pass, in every order.
-void gradients_are_the_same_in_every_order() {
-  FlashCase c{"orders", boundaries({37, 0, 9}, 1), boundaries({70, 4, 9}), 48, 85, 6, 2};
-  c.padding = 8;
-  for (int64_t head_dim : kHeadDims) {
-    for (FloatType type : kTypes) {
-      c.with_limit = type == FloatType::kFloat16;
-      check_flash_backward(c, head_dim, type, 80, true, cuda_on_host::all_schedules().size(),
-                           kDevice, true);
-    }
-  }
-}
-
-void scales_of_any_kind() {
-  for (float scale : {0.0f, -0.5f, 4.0f}) {
-    FlashInputs in({"scale", {0, 20}, {0, 40}, 20, 40}, 64, FloatType::kFloat16, 90);
-    in.scale = scale;
-    check_flash_backward(in, 90, true, 1, kDevice);
-  }
-}
-
 // The gradients that the kernels are held against, against differences of sum(out dout) +
 // sum(lse dlse). Inputs are multiples of the step, so that they are exact in fp16.
 void reference_equals_differences() {
@@ -116,8 +95,8 @@ void reference_equals_differences() {
 int main() {
   reference_equals_differences();
   gradients_equal_double_precision();
-  gradients_are_the_same_in_every_order();
-  scales_of_any_kind();
+  check_flash_backward_in_every_order(kDevice);
+  check_flash_backward_with_scales_of_any_kind(kDevice);
   CHECK(cuda_on_host::bank_conflicts == 0);
   return 0;
 }

@@ -55,33 +55,12 @@ void steps_go_round_in_their_rings() {
   }
 }
 
-// Every head dim and dtype, behind our own forward pass.
-void gradients_are_the_same_in_every_order() {
-  FlashCase c{"orders", boundaries({37, 0, 9}, 1), boundaries({70, 4, 9}), 48, 85, 6, 2};
-  c.padding = 8;
-  for (int64_t head_dim : kHeadDims) {
-    for (FloatType type : kTypes) {
-      c.with_limit = type == FloatType::kFloat16;
-      check_flash_backward(c, head_dim, type, 80, true, cuda_on_host::all_schedules().size(),
-                           kDevice, true);
-    }
-  }
-}
-
-void scales_of_any_kind() {
-  for (float scale : {0.0f, -0.5f, 4.0f}) {
-    FlashInputs in({"scale", {0, 20}, {0, 40}, 20, 40}, 64, FloatType::kFloat16, 90);
-    in.scale = scale;
-    check_flash_backward(in, 90, true, 1, kDevice);
-  }
-}
-
 }  // namespace
 
 int main() {
   gradients_equal_double_precision();
   steps_go_round_in_their_rings();
-  gradients_are_the_same_in_every_order();
-  scales_of_any_kind();
+  check_flash_backward_in_every_order(kDevice);
+  check_flash_backward_with_scales_of_any_kind(kDevice);
   return 0;
 }

@@ -28,11 +28,8 @@ dim3 split_grid(const CudaDecodeParams& p, const DecodePlan& plan) {
 
 // Whether q, k and v may be read 16 bytes at a time.
 bool reads_16_bytes(const CudaDecodeParams& p) {
-  const Heads& heads = p.heads;
-  return heads.head_dim * element_size(p.q.type) % 16 == 0 &&
-         begins_on_16_bytes(p.q, 1, p.batch, heads.num_heads_q) &&
-         begins_on_16_bytes(p.k, p.batch, p.capacity, heads.num_heads_k) &&
-         begins_on_16_bytes(p.v, p.batch, p.capacity, heads.num_heads_k);
+  return p.heads.head_dim * element_size(p.q.type) % 16 == 0 && begins_on_16_bytes(p.q) &&
+         begins_on_16_bytes(p.k) && begins_on_16_bytes(p.v);
 }
 
 template <int kLanes>

@@ -34,17 +34,6 @@ struct DecodePlan {
   int64_t workspace_floats;
 };
 
-// Whether every row of a head may be read 16 bytes at a time; the stride of a dimension with one
-// entry does not matter. Others are read element by element, which is slow in 16 bits: they are
-// worth a copy where one can mend them.
-inline bool begins_on_16_bytes(const RowView& view, int64_t slots, int64_t rows, int64_t heads) {
-  const int64_t elements = 16 / element_size(view.type);
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 &&
-         (slots <= 1 || view.slot_stride % elements == 0) &&
-         (rows <= 1 || view.row_stride % elements == 0) &&
-         (heads <= 1 || view.head_stride % elements == 0);
-}
-
 // Reads the sizes in `params`, and whether scores is null.
 //   num_splits  as the caller wishes, cut to what makes sense; 0: chosen
 DecodePlan plan_decode(const CudaDecodeParams& params, int64_t num_splits);

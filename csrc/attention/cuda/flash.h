@@ -93,11 +93,8 @@ inline bool flash_supports(FloatType type, int64_t head_dim) {
 
 // Whether the kernels can read and write these rows in place: alignment and strides as above.
 inline bool flash_reads(const RowView& rows) {
-  const auto whole = [](int64_t elements) { return elements % 8 == 0; };
   const auto narrow = [](int64_t stride) { return stride == static_cast<int32_t>(stride); };
-  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && whole(rows.slot_stride) &&
-         whole(rows.row_stride) && whole(rows.head_stride) && narrow(rows.row_stride) &&
-         narrow(rows.head_stride);
+  return begins_on_16_bytes(rows) && narrow(rows.row_stride) && narrow(rows.head_stride);
 }
 
 // Two launches. Takes the sm_90a kernels on a device of compute capability 9.0 if they were

@@ -122,25 +122,12 @@ __global__ void __launch_bounds__(ForwardSm80<kHeadDim>::kThreads, 2)
         at_most(static_cast<int32_t>(segment.k_len), tiles.all * Config::kTile.keys));
     wait_for_copies<Config::kTile.slots - 2>();
     __syncthreads();
-    if (p.softmax_scale < 0.0f) {
-      for (int i = thread; i < Config::kRowElements / 2; i += Config::kThreads) {
-        reinterpret_cast<uint32_t*>(q_tile)[i] ^= 0x80008000u;
-      }
-      __syncthreads();
-    }
+    if (p.softmax_scale < 0.0f) negate_rows<kHeadDim>(q_tile);
     const LaneOffset<kHeadDim> q_lane = lane_down_first<kHeadDim>(first_row);
     const LaneOffset<kHeadDim> k_lane = lane_across_first<kHeadDim>(0);
     const LaneOffset<kHeadDim> v_lane = lane_down_first<kHeadDim>(0);
     uint32_t queries[Config::kGroups][Config::kDepths][4];
-    if constexpr (Config::kTile.queries_in_registers) {
-#pragma unroll
-      for (int i = 0; i < Config::kGroups; ++i) {
-#pragma unroll
-        for (int depth = 0; depth < Config::kDepths; ++depth) {
-          load_matrices(queries[i][depth], byte_of(q_tile, q_lane(16 * i, 2 * depth)));
-        }
-      }
-    }
+    take_queries<kHeadDim>(q_tile, q_lane, queries);
     const float log2_scale = log2_scale_of(p.softmax_scale);
     const bool has_rows = first_row < num_rows;  // of this warp
     for (int32_t j = 0; j < tiles.all; ++j) {

@@ -87,6 +87,34 @@ struct ForwardState {
   float sum[Config::kGroups][2];  // over this lane's columns
 };
 
+// Turns the sign of the queries, for log2_scale_of() leaves that of the scale out. By the block.
+template <int kHeadDim>
+__device__ __forceinline__ void negate_rows(uint16_t* q_tile) {
+  using Config = ForwardSm80<kHeadDim>;
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < Config::kRowElements / 2; i += Config::kThreads) {
+    reinterpret_cast<uint32_t*>(q_tile)[i] ^= 0x80008000u;
+  }
+  __syncthreads();
+}
+
+// The warp's fragments of the queries, where they stay in registers.
+template <int kHeadDim>
+__device__ __forceinline__ void take_queries(
+    const uint16_t* q_tile, const LaneOffset<kHeadDim>& q_lane,
+    uint32_t (&queries)[2][ForwardSm80<kHeadDim>::kDepths][4]) {
+  using Config = ForwardSm80<kHeadDim>;
+  if constexpr (Config::kTile.queries_in_registers) {
+#pragma unroll
+    for (int i = 0; i < Config::kGroups; ++i) {
+#pragma unroll
+      for (int depth = 0; depth < Config::kDepths; ++depth) {
+        load_matrices(queries[i][depth], byte_of(q_tile, q_lane(16 * i, 2 * depth)));
+      }
+    }
+  }
+}
+
 // scores = queries x keys.
 //   queries  fragments; unused where they are read from q_tile each time
 template <int kHeadDim, MmaType kType>

@@ -30,14 +30,14 @@ cudaError_t launch_forward_parts(const CudaPolicyParams& p, cudaStream_t stream)
   return launch_kernel(policy_forward_kernel<T, kParts>,
                        policy_grid(parts_of(p.total, kTile) * p.heads.num_heads_q,
                                    parts_of(p.heads.head_dim, kParts * kTile)),
-                       dim3(kTileThreads), 0, stream, p, reads_vectors(p.q), reads_vectors(p.k),
-                       reads_vectors(p.v));
+                       dim3(kTileThreads), 0, stream, p, begins_on_16_bytes(p.q),
+                       begins_on_16_bytes(p.k), begins_on_16_bytes(p.v));
 }
 
 template <class T>
 cudaError_t launch_value_sums(const CudaPolicyParams& p, cudaStream_t stream) {
   return launch_kernel(segment_sums_kernel<T>, policy_grid(p.num_segments * p.heads.num_heads_k, 1),
-                       dim3(kSumThreads), 0, stream, p, p.v, reads_vectors(p.v), int64_t{1},
+                       dim3(kSumThreads), 0, stream, p, p.v, begins_on_16_bytes(p.v), int64_t{1},
                        static_cast<const float*>(nullptr), p.sums);
 }
 
@@ -101,7 +101,7 @@ template <class T>
 cudaError_t launch_dout_sums(const CudaPolicyBackwardParams& p, cudaStream_t stream) {
   const CudaPolicyParams& f = p.forward;
   return launch_kernel(segment_sums_kernel<T>, policy_grid(f.num_segments * f.heads.num_heads_k, 1),
-                       dim3(kSumThreads), 0, stream, f, p.dout, reads_vectors(p.dout),
+                       dim3(kSumThreads), 0, stream, f, p.dout, begins_on_16_bytes(p.dout),
                        f.heads.group, static_cast<const float*>(f.softmax_sum), f.sums);
 }
 
@@ -156,8 +156,8 @@ template <class T>
 cudaError_t launch_backward(const CudaPolicyBackwardParams& p, cudaStream_t stream) {
   if (backward_on_tensor_cores(p)) return launch_backward_on_tensor_cores<T>(p, stream);
   const CudaPolicyParams& f = p.forward;
-  const PolicyVectors vectors{reads_vectors(f.q), reads_vectors(f.k), reads_vectors(f.v),
-                              reads_vectors(p.dout)};
+  const PolicyVectors vectors{begins_on_16_bytes(f.q), begins_on_16_bytes(f.k),
+                              begins_on_16_bytes(f.v), begins_on_16_bytes(p.dout)};
   cudaError_t error = launch_bounds_of(f, stream);
   if (error != cudaSuccess) return error;
   error = launch_dout_sums<T>(p, stream);
@@ -165,7 +165,7 @@ cudaError_t launch_backward(const CudaPolicyBackwardParams& p, cudaStream_t stre
   constexpr int64_t kRowsOfBlock = kPolicyDeltaThreads / kWarpSize;
   error = launch_kernel(
       policy_delta_kernel<T>, policy_grid(parts_of(f.total * f.heads.num_heads_q, kRowsOfBlock), 1),
-      dim3(kPolicyDeltaThreads), 0, stream, p, vectors.dout, reads_vectors(f.out));
+      dim3(kPolicyDeltaThreads), 0, stream, p, vectors.dout, begins_on_16_bytes(f.out));
   if (error != cudaSuccess) return error;
   error = f.heads.head_dim <= kTile ? launch_query_gradient<T, 1>(p, vectors, stream)
                                     : launch_query_gradient<T, 2>(p, vectors, stream);

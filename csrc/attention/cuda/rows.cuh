@@ -34,13 +34,6 @@ __device__ __forceinline__ HeadRows<T> head_rows(const RowView& view, int64_t ro
           view.row_stride, vectors};
 }
 
-// Whether rows of the view may be read 16 bytes at a time.
-inline bool reads_vectors(const RowView& view) {
-  const int64_t size = element_size(view.type);
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.row_stride * size % 16 == 0 &&
-         view.head_stride * size % 16 == 0;
-}
-
 __device__ __forceinline__ void unpack(uint4 raw, float (&x)[kVector], BFloat16) {
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll

@@ -24,7 +24,7 @@ dim3 grid_of(int64_t items) { return dim3(static_cast<unsigned>(at_most(items, k
 
 template <class T, int kLanes>
 cudaError_t launch_few(const CudaScoreParams& p, const ScorePlan& plan, cudaStream_t stream) {
-  const bool k_vectors = reads_vectors(p.k);
+  const bool k_vectors = begins_on_16_bytes(p.k);
   PartialLse* partial = reinterpret_cast<PartialLse*>(p.workspace);
   const cudaError_t error =
       launch_kernel(partial_lse_kernel<T, kLanes>,
@@ -46,7 +46,7 @@ cudaError_t launch_finish(const CudaScoreParams& p, int64_t num_partial_sums, co
 
 template <class T>
 cudaError_t launch_plain(const CudaScoreParams& p, const ScorePlan& plan, cudaStream_t stream) {
-  const bool q_vectors = reads_vectors(p.q), k_vectors = reads_vectors(p.k);
+  const bool q_vectors = begins_on_16_bytes(p.q), k_vectors = begins_on_16_bytes(p.k);
   float* sums = p.workspace;
   const float* lse = p.softmax_lse;
   cudaError_t error = cudaSuccess;
@@ -78,13 +78,7 @@ cudaError_t launch_all(const CudaScoreParams& p, const ScorePlan& plan, cudaStre
 }
 
 bool runs_on_tensor_cores(const CudaScoreParams& p) {
-  const auto narrow = [](const RowView& rows) {  // as the flash kernels want strides
-    return rows.row_stride == static_cast<int32_t>(rows.row_stride) &&
-           rows.head_stride == static_cast<int32_t>(rows.head_stride);
-  };
-  const int64_t d = p.heads.head_dim;
-  return p.q.type != FloatType::kFloat32 && (d == 64 || d == 80 || d == 96 || d == 128) &&
-         reads_vectors(p.q) && reads_vectors(p.k) && narrow(p.q) && narrow(p.k);
+  return flash_supports(p.q.type, p.heads.head_dim) && flash_reads(p.q) && flash_reads(p.k);
 }
 
 // Whether heads must be reduced before queries.
