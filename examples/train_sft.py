@@ -149,15 +149,30 @@ class SftTrainer(Trainer):
         return super().create_optimizer(model)
 
 
+def begin(training: TrainingArguments) -> None:
+    """Logs of the first process, and the seed."""
+    logging.basicConfig(level=logging.INFO if training.process_index == 0 else logging.WARNING, stream=sys.stderr)
+    set_seed(training.seed)
+
+
+def run(trainer: Trainer) -> None:
+    """Train, from the newest checkpoint with ``--resume_from_checkpoint last``, and save."""
+    resume = trainer.args.resume_from_checkpoint
+    if resume == "last":
+        resume = get_last_checkpoint(trainer.args.output_dir)
+        log.info("resuming from %s", resume or "the beginning: there is no checkpoint yet")
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    trainer.save_state()
+
+
 def main(command_line: Sequence[str] | None = None) -> Trainer:
     """Train; returns the Trainer."""
     parser = HfArgumentParser((SftArguments, SftTrainingArguments), description=__doc__.splitlines()[0])
     arguments, training = parser.parse_args_into_dataclasses(command_line)
     if training.learning_rate is None:
         training.learning_rate = DYNAMIC_LEARNING_RATE if arguments.method == "dynamic-llava" else LEARNING_RATE
-    logging.basicConfig(level=logging.INFO if training.process_index == 0 else logging.WARNING, stream=sys.stderr)
-    set_seed(training.seed)
-
+    begin(training)
     processor = checkpoints.load_processor(checkpoints.find_folder(arguments.model), arguments.vision_tower)
     processor.tokenizer.padding_side = "right"
     dataset = LlavaDataset(arguments.data, processor, arguments.image_folder, arguments.max_length)
@@ -175,13 +190,7 @@ def main(command_line: Sequence[str] | None = None) -> Trainer:
         processing_class=processor,
         callbacks=[GumbelTemperature()] if dynamic else None,
     )
-    resume = training.resume_from_checkpoint
-    if resume == "last":
-        resume = get_last_checkpoint(training.output_dir)
-        log.info("resuming from %s", resume or "the beginning: there is no checkpoint yet")
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    trainer.save_state()
+    run(trainer)
     return trainer
 
 

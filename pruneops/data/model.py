@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pruneops.data.render import check_patch_size
 from pruneops.data.scene import GRID
@@ -53,6 +53,7 @@ def scene_llava_config(
     intermediate_size: int = 432,
     vision_hidden_size: int = 128,
     vision_layers: int = 4,
+    **options: Any,
 ) -> LlavaConfig:
     """A CLIP tower and a Llama text stack: 3.5 M parameters at the default sizes.
 
@@ -66,6 +67,8 @@ def scene_llava_config(
         Of the text stack.
     vision_hidden_size, vision_layers : int
         Of the tower; heads have a width of 32.
+    **options
+        Further entries of the configuration.
 
     Raises
     ------
@@ -123,6 +126,7 @@ def scene_llava_config(
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
+        **options,
     )
 
 

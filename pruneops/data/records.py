@@ -52,12 +52,18 @@ class SampleDataset(Dataset):
         With a fast tokenizer, for pictures of the samples' size (`pruneops.data.scene_processor`).
     max_length : int, optional
         See `pruneops.training.encode`.
+    with_covered : bool
+        Samples have ``covered`` as well, ``(patches,)`` bool: whether there is something on a patch of the last picture
+        (see `pruneops.training.AlignmentCollator`).
     """
 
-    def __init__(self, samples: Samples, processor: Any, max_length: int | None = None) -> None:
+    def __init__(
+        self, samples: Samples, processor: Any, max_length: int | None = None, *, with_covered: bool = False
+    ) -> None:
         self.samples = samples
         self._processor = processor
         self._max_length = max_length
+        self._with_covered = with_covered
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -68,7 +74,11 @@ class SampleDataset(Dataset):
         sample = self.samples[index]
         pictures = [Image.fromarray(picture) for picture in sample.pictures]
         conversation = Conversation.from_record(record(sample), index)
-        return encode(conversation, pictures, self._processor, self._max_length)
+        encoded = encode(conversation, pictures, self._processor, self._max_length)
+        if self._with_covered:
+            labels = sample.labels(len(pictures) - 1)
+            encoded["covered"] = torch.from_numpy(labels["shape"] != 0).flatten()
+        return encoded
 
 
 class PatchDataset(Dataset):

@@ -1,0 +1,188 @@
+"""Trains a small LLaVA from nothing on rendered pictures, and fine-tunes it with a pruning method.
+
+    python examples/train_llava.py --stage tower --output_dir runs/tower
+    python examples/train_llava.py --stage align --model runs/tower --output_dir runs/align
+    python examples/train_llava.py --stage tune --model runs/align --output_dir runs/dense
+    python examples/train_llava.py --stage tune --model runs/dense --method pyramiddrop --output_dir runs/pyramiddrop
+
+Every argument of transformers' TrainingArguments is accepted as well; see examples/README.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import train_sft
+from torch.utils.data import Dataset
+from transformers import HfArgumentParser, Trainer, default_data_collator
+
+from pruneops.data import LABELS, PatchDataset, SampleDataset, Samples, scene_llava_config, scene_processor
+from pruneops.methods import DynamicLlava
+from pruneops.models import checkpoints
+from pruneops.training import AlignedLlava, AlignmentCollator, Collator, GumbelTemperature, PatchReader, patch_accuracy
+from pruneops.training.conversations import IGNORED
+
+log = logging.getLogger("train_llava")
+STAGES = ("tower", "align", "tune")
+#: Samples of each stage: what it takes on two cores within two hours, all of them together.
+SAMPLES = {"tower": 9600, "align": 96000, "tune": 9600}
+
+
+@dataclass
+class LlavaArguments:
+    """Which stage, and on what."""
+
+    stage: str = field(
+        metadata={
+            "help": "tower: the vision tower alone, on what each patch shows; align: projector and language model, on "
+            "the patches that have something on them; tune: everything visible, with or without a pruning method",
+            "choices": list(STAGES),
+        }
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "folder of the model to begin with (default: a new one, for the tower only)"}
+    )
+    method: str = field(
+        default="dense", metadata={"help": "the method to tune with", "choices": list(train_sft.METHODS)}
+    )
+    method_config: str | None = field(
+        default=None, metadata={"help": "JSON with fields of the method, such as '{\"keep_ratios\": [0.5, 0.25]}'"}
+    )
+    samples: int | None = field(
+        default=None, metadata={"help": f"pictures to train on (default: {SAMPLES})".replace("'", "")}
+    )
+    picture_seed: int = field(default=0, metadata={"help": "seed of the pictures"})
+    turns: int = field(default=6, metadata={"help": "questions about a picture, at most"})
+    descriptions: float = field(
+        default=0.125, metadata={"help": "share of the pictures whose only turn is a description"}
+    )
+    background_share: float = field(default=0.1, metadata={"help": "align: share of the empty patches that is shown"})
+    train_vision_tower: bool = field(default=False, metadata={"help": "train the tower in align and tune as well"})
+    held_out: int = field(default=256, metadata={"help": "pictures of the validation split to evaluate on"})
+
+
+@dataclass
+class LlavaTrainingArguments(train_sft.SftTrainingArguments):
+    """TrainingArguments with the defaults that a model of this size learns with."""
+
+    learning_rate: float | None = field(default=1e-3, metadata={"help": "The initial learning rate."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "The second beta of AdamW."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pictures a step and device."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Pictures an evaluation step and device."})
+    logging_steps: float = field(default=20, metadata={"help": "Steps between two lines of the log."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Compute activations again to save memory."})
+    dataloader_num_workers: int = field(default=1, metadata={"help": "Processes that render pictures."})
+
+
+def beginning(arguments: LlavaArguments) -> Any:
+    """The model that a stage begins with."""
+    if arguments.model is None:
+        if arguments.stage != "tower":
+            raise ValueError(f"--model: got none for the stage {arguments.stage}, expected the folder of a model")
+        return PatchReader(scene_llava_config(patch_classes=patch_classes()))
+    folder = checkpoints.find_folder(arguments.model)
+    kind = checkpoints.read_config(folder).get("model_type")
+    if kind != "llava":
+        raise ValueError(f"--model: {arguments.model} is of the type {kind!r}, expected a llava")
+    if arguments.stage == "tower":
+        return PatchReader.from_pretrained(folder, patch_classes=patch_classes())
+    if arguments.stage == "align":
+        model = AlignedLlava.from_pretrained(folder)
+    else:
+        sft = train_sft.SftArguments(
+            arguments.model, "", method=arguments.method, method_config=arguments.method_config
+        )
+        model = train_sft.load_model(sft)
+    model.model.vision_tower.requires_grad_(arguments.train_vision_tower)
+    return model
+
+
+def patch_classes() -> dict[str, int]:
+    return {name: len(values) for name, values in LABELS.items()}
+
+
+def kinds(share: float) -> tuple[str, ...]:
+    """Kinds of samples in turn, so that about this share of them are descriptions."""
+    if not 0 <= share <= 0.5:
+        raise ValueError(f"--descriptions: got {share}, expected a share in [0, 0.5]")
+    return ("questions",) * round(1 / share - 1) + ("description",) if share else ("questions",)
+
+
+def datasets(arguments: LlavaArguments, processor: Any) -> list[Dataset]:
+    """Pictures to train on, and others to evaluate on."""
+    made: list[Dataset] = []
+    for split, size in (("train", arguments.samples or SAMPLES[arguments.stage]), ("validation", arguments.held_out)):
+        options = {"seed": arguments.picture_seed, "turns": arguments.turns}
+        if arguments.stage == "tower":
+            made.append(PatchDataset(Samples(split, size, **options), processor.image_processor))
+        else:
+            samples = Samples(split, size, kinds=kinds(arguments.descriptions), **options)
+            made.append(SampleDataset(samples, processor, with_covered=arguments.stage == "align"))
+    return made
+
+
+def answer_accuracy(predictions: Any) -> dict[str, float]:
+    """Share of the tokens of answers that are right."""
+    labels = predictions.label_ids[:, 1:]
+    known = labels != IGNORED
+    return {"accuracy": float((predictions.predictions[:, :-1] == labels)[known].mean())}
+
+
+def make_trainer(arguments: LlavaArguments, training: LlavaTrainingArguments) -> Trainer:
+    """The stock Trainer for a stage; that of train_sft.py with Dynamic-LLaVA."""
+    model = beginning(arguments)
+    dynamic = getattr(model, "pruning_run", None) is not None and isinstance(model.pruning_run.method, DynamicLlava)
+    processor = scene_processor()
+    processor.tokenizer.padding_side = "right"
+    train, held_out = datasets(arguments, processor)
+    collator: Any = Collator(processor)
+    if arguments.stage == "tower":
+        collator, training.label_names = default_data_collator, list(LABELS)
+    elif arguments.stage == "align":
+        collator = AlignmentCollator(processor, model.config.image_token_id, arguments.background_share)
+    log.info("%d pictures, %.3f million trained weights", len(train), trained_weights(model) / 1e6)
+    return (train_sft.SftTrainer if dynamic else Trainer)(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=collator,
+        processing_class=processor,
+        callbacks=[GumbelTemperature()] if dynamic else None,
+        compute_metrics=patch_accuracy if arguments.stage == "tower" else answer_accuracy,
+        preprocess_logits_for_metrics=best_of_each,
+    )
+
+
+def trained_weights(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def best_of_each(logits: Any, labels: Any) -> Any:
+    """What the evaluation keeps of logits."""
+    return tuple(each.argmax(-1) for each in logits) if isinstance(logits, tuple) else logits.argmax(-1)
+
+
+def main(command_line: Sequence[str] | None = None) -> Trainer:
+    """Train a stage; returns the Trainer."""
+    parser = HfArgumentParser((LlavaArguments, LlavaTrainingArguments), description=__doc__.splitlines()[0])
+    arguments, training = parser.parse_args_into_dataclasses(command_line)
+    train_sft.begin(training)
+    trainer = make_trainer(arguments, training)
+    train_sft.run(trainer)
+    metrics = trainer.evaluate()
+    log.info(
+        "held out: %s",
+        {name: round(value, 4) for name, value in metrics.items() if "accuracy" in name or "loss" in name},
+    )
+    trainer.save_metrics("eval", metrics)
+    return trainer
+
+
+if __name__ == "__main__":
+    main()
