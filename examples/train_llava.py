@@ -17,16 +17,36 @@ from typing import Any
 
 import train_sft
 from torch.utils.data import Dataset
-from transformers import HfArgumentParser, Trainer, default_data_collator
+from transformers import HfArgumentParser, LlavaForConditionalGeneration, Trainer, default_data_collator
 
-from pruneops.data import LABELS, PatchDataset, SampleDataset, Samples, scene_llava_config, scene_processor
-from pruneops.methods import DynamicLlava
+import pruneops
+from pruneops.data import (
+    LABELS,
+    PatchDataset,
+    SampleDataset,
+    Samples,
+    scene_llava_config,
+    scene_processor,
+    scene_tokenizer,
+)
+from pruneops.data.glyphs import SHAPES
+from pruneops.data.words import plural
+from pruneops.methods import DynamicLlava, PyramidDrop
 from pruneops.models import checkpoints
-from pruneops.training import AlignedLlava, AlignmentCollator, Collator, GumbelTemperature, PatchReader, patch_accuracy
+from pruneops.models.checkpoints.loading import accept_published_names
+from pruneops.training import (
+    AlignedLlavaForConditionalGeneration,
+    AlignmentCollator,
+    Collator,
+    GumbelTemperature,
+    PatchReader,
+    patch_accuracy,
+)
 from pruneops.training.conversations import IGNORED
 
 log = logging.getLogger("train_llava")
 STAGES = ("tower", "align", "tune")
+NOTHING_DROPPED = PyramidDrop(layers=(), keep_ratios=())
 #: Samples of each stage: what it takes on two cores within two hours, all of them together.
 SAMPLES = {"tower": 9600, "align": 96000, "tune": 9600}
 
@@ -59,7 +79,10 @@ class LlavaArguments:
     descriptions: float = field(
         default=0.125, metadata={"help": "share of the pictures whose only turn is a description"}
     )
-    background_share: float = field(default=0.1, metadata={"help": "align: share of the empty patches that is shown"})
+    background_share: float = field(
+        default=0.2,
+        metadata={"help": "align: share of the empty patches that is shown where everything else is"},
+    )
     train_vision_tower: bool = field(default=False, metadata={"help": "train the tower in align and tune as well"})
     held_out: int = field(default=256, metadata={"help": "pictures of the validation split to evaluate on"})
 
@@ -84,26 +107,45 @@ def beginning(arguments: LlavaArguments) -> Any:
     if arguments.model is None:
         if arguments.stage != "tower":
             raise ValueError(f"--model: got none for the stage {arguments.stage}, expected the folder of a model")
-        return PatchReader(scene_llava_config(patch_classes=patch_classes()))
+        return PatchReader(scene_llava_config(patch_words=patch_words()))
     folder = checkpoints.find_folder(arguments.model)
-    kind = checkpoints.read_config(folder).get("model_type")
-    if kind != "llava":
-        raise ValueError(f"--model: {arguments.model} is of the type {kind!r}, expected a llava")
+    config = checkpoints.read_config(folder)
+    if config.get("model_type") != "llava":
+        raise ValueError(f"--model: {arguments.model} is of the type {config.get('model_type')!r}, expected 'llava'")
     if arguments.stage == "tower":
-        return PatchReader.from_pretrained(folder, patch_classes=patch_classes())
-    if arguments.stage == "align":
-        model = AlignedLlava.from_pretrained(folder)
-    else:
-        sft = train_sft.SftArguments(
-            arguments.model, "", method=arguments.method, method_config=arguments.method_config
+        return PatchReader.from_pretrained(folder, patch_words=patch_words())
+    dense = arguments.stage == "align" or arguments.method == "dense"
+    if dense and config.get("pruning"):
+        raise ValueError(
+            f"--model: {arguments.model} was trained with {config['pruning']['method']}, expected a dense model"
         )
-        model = train_sft.load_model(sft)
+    if dense:
+        cls = AlignedLlavaForConditionalGeneration if arguments.stage == "align" else LlavaForConditionalGeneration
+        model = cls.from_pretrained(folder)
+        accept_published_names(model)
+        # Without padding a step takes less time.
+        pruneops.attach(model, NOTHING_DROPPED)
+    else:
+        chosen = {"method": arguments.method, "method_config": arguments.method_config}
+        model = train_sft.load_model(train_sft.SftArguments(arguments.model, "", **chosen))
     model.model.vision_tower.requires_grad_(arguments.train_vision_tower)
     return model
 
 
-def patch_classes() -> dict[str, int]:
-    return {name: len(values) for name, values in LABELS.items()}
+def patch_words() -> dict[str, list[list[int]]]:
+    """For each kind of label and each value but background the tokens that name it: of a shape one and many, of a
+    syllable as the first and the second of a sign."""
+    tokenizer = scene_tokenizer()
+
+    def tokens(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def named(kind: str, value: str) -> list[int]:
+        if kind == "shape":
+            return tokens(f" {value} {plural(value)}" if value in SHAPES else f" {value}")
+        return tokens(f" {value}{value}" if kind == "text" else f" {value}")
+
+    return {kind: [named(kind, value) for value in values[1:]] for kind, values in LABELS.items()}
 
 
 def kinds(share: float) -> tuple[str, ...]:
@@ -122,7 +164,7 @@ def datasets(arguments: LlavaArguments, processor: Any) -> list[Dataset]:
             made.append(PatchDataset(Samples(split, size, **options), processor.image_processor))
         else:
             samples = Samples(split, size, kinds=kinds(arguments.descriptions), **options)
-            made.append(SampleDataset(samples, processor, with_covered=arguments.stage == "align"))
+            made.append(SampleDataset(samples, processor, with_evidence=arguments.stage == "align"))
     return made
 
 
@@ -141,8 +183,9 @@ def make_trainer(arguments: LlavaArguments, training: LlavaTrainingArguments) ->
     processor.tokenizer.padding_side = "right"
     train, held_out = datasets(arguments, processor)
     collator: Any = Collator(processor)
+    training.label_names = list(LABELS) if arguments.stage == "tower" else ["labels"]
     if arguments.stage == "tower":
-        collator, training.label_names = default_data_collator, list(LABELS)
+        collator = default_data_collator
     elif arguments.stage == "align":
         collator = AlignmentCollator(processor, model.config.image_token_id, arguments.background_share)
     log.info("%d pictures, %.3f million trained weights", len(train), trained_weights(model) / 1e6)
@@ -175,7 +218,8 @@ def main(command_line: Sequence[str] | None = None) -> Trainer:
     train_sft.begin(training)
     trainer = make_trainer(arguments, training)
     train_sft.run(trainer)
-    metrics = trainer.evaluate()
+    # Of what the model returns only the logits are of use, and a cache could not be gathered.
+    metrics = trainer.evaluate(ignore_keys=["past_key_values", "image_hidden_states"])
     log.info(
         "held out: %s",
         {name: round(value, 4) for name, value in metrics.items() if "accuracy" in name or "loss" in name},

@@ -113,6 +113,8 @@ def scene_llava_config(
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
         max_position_embeddings=4096,
+        # The usual 0.02 is for wide models; in this one attention would stay flat for long.
+        initializer_range=hidden_size**-0.5,
         tie_word_embeddings=True,
         bos_token_id=bos,
         eos_token_id=eos,
@@ -126,6 +128,8 @@ def scene_llava_config(
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
+        # Of the projector: the tower's features are large beside words.
+        initializer_range=0.02,
         **options,
     )
 

@@ -13,12 +13,24 @@ from pruneops.pruning import Run, attach, detach, find_text_model
 from pruneops.stand_ins import RUN_ATTRIBUTE
 
 
-class PrunedModelMixin:
+class StockNamesMixin:
+    """Mixed in before a Hugging Face model class: checkpoints have the names of weights that the stock class's have."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        accept_published_names(self)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """The weights and their names are the stock class's, so its checkpoint conversions apply."""
+        return False
+
+
+class PrunedModelMixin(StockNamesMixin):
     """Mixed in before a Hugging Face model class: attaches the method that ``config.pruning`` describes."""
 
     def __init__(self, config: Any, pruning: PruningMethod | Mapping[str, Any] | None = None) -> None:
         super().__init__(config)
-        accept_published_names(self)
         pruning = pruning if pruning is not None else getattr(config, "pruning", None)
         if pruning is not None:
             self._attach(method_from_dict(pruning) if isinstance(pruning, Mapping) else pruning)
@@ -44,11 +56,6 @@ class PrunedModelMixin:
         else:
             self.config.pruning = run.given_method.to_dict()
         super().save_pretrained(*args, **kwargs)
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """The weights and their names are the stock class's, so its checkpoint conversions apply."""
-        return False
 
     @classmethod
     def from_pretrained(

@@ -1,6 +1,6 @@
 """Supervised fine-tuning with the stock Trainer: LLaVA's data format, and batches that every method can train on."""
 
-from pruneops.training.alignment import AlignedLlava, AlignmentCollator
+from pruneops.training.alignment import AlignedLlavaForConditionalGeneration, AlignmentCollator
 from pruneops.training.collate import Collator
 from pruneops.training.conversations import Conversation, Turn, encode, render
 from pruneops.training.dataset import LlavaDataset
@@ -8,7 +8,7 @@ from pruneops.training.dynamic_llava import GumbelTemperature, parameter_groups
 from pruneops.training.tower import PatchReader, patch_accuracy
 
 __all__ = [
-    "AlignedLlava",
+    "AlignedLlavaForConditionalGeneration",
     "AlignmentCollator",
     "Collator",
     "Conversation",

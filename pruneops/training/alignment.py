@@ -11,22 +11,25 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
+from pruneops.models._pruned import StockNamesMixin
 from pruneops.training.collate import Collator
 
 
 class AlignmentCollator:
     """Batches in which only some of a picture's patches are shown, each at its own position.
 
-    Most of a picture is background, and a step costs as much for it as for the rest. Early in training it can be left
-    out: what stays is every patch with something on it, and a share of the others, drawn anew each time (the idea of
-    Li et al., "Scaling Language-Image Pre-training via Masking", arXiv 2212.00794, with labels in the place of chance).
+    What an answer hangs on is always there. Of the other patches with something on them a share is shown, drawn for
+    each picture between none and all, and of the empty ones that share of `background_share`. So every batch has
+    pictures in which there is little to choose from, on which reading is learnt first, and others for finding; and a
+    step costs a fraction of one on whole pictures (the idea of Li et al., "Scaling Language-Image Pre-training via
+    Masking", arXiv 2212.00794, with labels in the place of chance).
 
     Parameters
     ----------
     processor : LlavaProcessor
     image_token_id : int
     background_share : float
-        Of the patches without anything on them, in [0, 1].
+        Of the patches without anything on them, in [0, 1]; where everything else is shown.
 
     Raises
     ------
@@ -39,10 +42,12 @@ class AlignmentCollator:
             raise ValueError(f"background_share: got {background_share}, expected a share in [0, 1]")
         self._collate = Collator(processor)
         self._image_token_id = image_token_id
-        self._share = background_share
+        self._background_share = background_share
 
     def __call__(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """A batch of samples of one picture each, with their ``covered`` ``(patches,)`` bool.
+        """A batch of samples of one picture each, with their ``covered`` and ``evidence``.
+
+        Both are ``(patches,)`` bool: whether a patch has something on it, and whether an answer hangs on it.
 
         Returns
         -------
@@ -50,8 +55,9 @@ class AlignmentCollator:
             ``input_ids``, ``labels``, ``attention_mask`` and ``position_ids`` ``(batch, length)`` of the tokens that
             stay, ``pixel_values``, and ``shown`` ``(batch, patches)`` bool.
         """
-        covered = torch.stack([sample["covered"] for sample in samples])
-        shown = covered | (torch.rand(covered.shape) < self._share)
+        covered, evidence = (torch.stack([sample[name] for sample in samples]) for name in ("covered", "evidence"))
+        share = torch.rand(len(samples), 1) * torch.where(covered, 1.0, self._background_share)
+        shown = evidence | (torch.rand(covered.shape) < share)
         kept, positions = [], []
         for sample, patches in zip(samples, shown, strict=True):
             visual = sample["input_ids"] == self._image_token_id
@@ -65,8 +71,11 @@ class AlignmentCollator:
         return {**batch, "shown": shown}
 
 
-class AlignedLlava(LlavaForConditionalGeneration):
+class AlignedLlavaForConditionalGeneration(StockNamesMixin, LlavaForConditionalGeneration):
     """A LLaVA that takes the batches of an `AlignmentCollator`. Its checkpoints are those of a LLaVA."""
+
+    # What is left of training the tower has done its work.
+    _keys_to_ignore_on_load_unexpected = (r"^patch_heads\.",)
 
     def forward(
         self, input_ids: Tensor, pixel_values: Tensor, shown: Tensor, **kwargs: Any

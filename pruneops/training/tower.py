@@ -6,25 +6,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize, rms_norm
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from pruneops.models._pruned import StockNamesMixin
 from pruneops.training.conversations import IGNORED
 
 _PLACES = ("row", "column")
 
 
-class PatchReader(LlavaForConditionalGeneration):
-    """A LLaVA whose vision tower is trained on labels of patches, by linear heads on the features its projector reads.
+class PatchReader(StockNamesMixin, LlavaForConditionalGeneration):
+    """A LLaVA whose tower and projector are trained to name what each patch shows in the language model's own words.
 
-    There is one head for each kind of label, and two for the row and the column of the patch: features that a language
-    model is to reason about have to say where they come from. Nothing but tower and heads is trained. A checkpoint is
-    that of a LLaVA, which ignores the heads in it.
+    What the projector makes of a patch is compared with the embeddings of words, which stay as they are: a patch with a
+    red circle becomes similar to "red" and to "circle". Real LLaVAs get this from CLIP, whose tower was trained beside
+    text. Two further heads read the row and the column of the patch: what a language model is to reason about has to
+    say where it comes from. Nothing but tower, projector and these heads is trained. A checkpoint is that of a LLaVA,
+    which ignores the heads in it.
 
     Parameters
     ----------
     config : LlavaConfig
-        With ``patch_classes``: kinds of labels and how many values each has; value 0 is background.
+        With ``patch_words``: for each kind of label a list that has, for every value but the first, which is
+        background, the ids of the tokens that name it.
     """
 
     accepts_loss_kwargs = False
@@ -33,15 +37,15 @@ class PatchReader(LlavaForConditionalGeneration):
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
-        if clash := set(config.patch_classes) & set(_PLACES):
-            raise ValueError(f"patch_classes: got {sorted(clash)}, expected other names: these heads are there already")
-        vision = config.vision_config
+        if clash := set(config.patch_words) & set(_PLACES):
+            raise ValueError(f"patch_words: got {sorted(clash)}, expected other names: these heads are there already")
+        vision, width = config.vision_config, config.text_config.hidden_size
         self.grid = vision.image_size // vision.patch_size
-        sizes = {**config.patch_classes, **dict.fromkeys(_PLACES, self.grid)}
-        self.patch_heads = nn.ModuleDict({name: nn.Linear(vision.hidden_size, size) for name, size in sizes.items()})
+        sizes = {**dict.fromkeys(config.patch_words, 1), **dict.fromkeys(_PLACES, self.grid)}
+        self.patch_heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
         self.requires_grad_(False)
-        self.model.vision_tower.requires_grad_(True)
-        self.patch_heads.requires_grad_(True)
+        for part in (self.model.vision_tower, self.model.multi_modal_projector, self.patch_heads):
+            part.requires_grad_(True)
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **labels: Tensor) -> dict[str, Tensor]:
@@ -59,22 +63,28 @@ class PatchReader(LlavaForConditionalGeneration):
         dict
             ``loss``, and under the name of each kind ``(batch, patches, values)`` float32 logits.
         """
-        hidden_states = self.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-        features = hidden_states[self.config.vision_feature_layer][:, 1:]
-        logits = {name: head(features).float().flatten(0, 1) for name, head in self.patch_heads.items()}
-        places = torch.arange(self.grid**2, device=features.device).repeat(features.shape[0])
+        features = torch.cat(tuple(self.get_image_features(pixel_values, return_dict=True).pooler_output))
+        # As the layers of the language model see it: without this, what names a patch may be lost in the rest of it.
+        features = rms_norm(features, features.shape[-1:])
+        places = torch.arange(self.grid**2, device=features.device).repeat(pixel_values.shape[0])
         losses = [
-            cross_entropy(logits["row"], places // self.grid),
-            cross_entropy(logits["column"], places % self.grid),
+            cross_entropy(self.patch_heads["row"](features).float(), places // self.grid),
+            cross_entropy(self.patch_heads["column"](features).float(), places % self.grid),
         ]
+        outputs = {}
         for name, label in labels.items():
-            weight = torch.ones(logits[name].shape[-1], device=features.device)
+            background = self.patch_heads[name](features)
+            logits = torch.cat((background, features @ self._words(name).T), dim=-1).float()
+            weight = torch.ones(logits.shape[-1], device=features.device)
             weight[0] = self.background_weight
-            losses.append(cross_entropy(logits[name], label.flatten(), weight=weight, ignore_index=IGNORED))
-        return {
-            "loss": torch.stack(losses).mean(),
-            **{name: logits[name].unflatten(0, label.shape) for name, label in labels.items()},
-        }
+            losses.append(cross_entropy(logits, label.flatten(), weight=weight, ignore_index=IGNORED))
+            outputs[name] = logits.unflatten(0, label.shape)
+        return {"loss": torch.stack(losses).mean(), **outputs}
+
+    def _words(self, name: str) -> Tensor:
+        """``(values - 1, hidden)``: the mean embedding of the words of each value, of length 1."""
+        embeddings = self.get_input_embeddings().weight
+        return normalize(torch.stack([embeddings[ids].mean(0) for ids in self.config.patch_words[name]]), dim=-1)
 
 
 def patch_accuracy(predictions: Any) -> dict[str, float]:
