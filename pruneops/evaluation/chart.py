@@ -12,8 +12,9 @@ from pruneops.data.export import write_atomically
 from pruneops.evaluation.results import Entry, Results
 from pruneops.evaluation.ways import BLANK, DENSE, OWN
 
-# Distinguishable with the common kinds of colour blindness (Okabe and Ito).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b0a000")
+# The first seven are distinguishable with the common kinds of colour blindness (Okabe and Ito).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLOURS += ("#b0a000", "#7f3fbf", "#8b4513", "#7a7f87", "#c2185b")
 WIDTH, PLOT_HEIGHT, LEGEND_ROW = 1000, 360, 20
 _LEFT, _GAP, _TOP, _PLOT = 64, 76, 44, 412
 
