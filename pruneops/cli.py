@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pruneops._version import __version__
-from pruneops.commands import convert, data, run_inputs, schedule, tune
+from pruneops.commands import convert, data, evaluate, run_inputs, schedule, tune
 from pruneops.commands.arguments import integers, numbers, positive
+from pruneops.environment import versions
 
 if TYPE_CHECKING:
     from pruneops.methods import PruningMethod
@@ -174,6 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_parser(commands)
     tune.add_parser(commands)
     data.add_parser(commands)
+    evaluate.add_parser(commands)
     return parser
 
 
@@ -259,7 +261,7 @@ def _info(options: argparse.Namespace) -> int:
     from pruneops import backends
 
     width = 22
-    for name, version in _versions().items():
+    for name, version in versions().items():
         print(f"{name:<{width}}{version}")
     print()
     for name, value in pruneops.build_info().items():
@@ -361,22 +363,8 @@ def _document(
         "reports": {name: answers[name].report.to_dict() for name in ("dense", "pruned")},
         "seconds": {name: answered.seconds for name, answered in answers.items()},
         "picture": None if picture is None else str(picture),
-        "versions": _versions(),
+        "versions": versions(),
     }
-
-
-def _versions() -> dict[str, str]:
-    """Versions of what matters to a result, without importing it."""
-    import platform
-    from importlib import metadata
-
-    versions = {"pruneops": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "triton", "numpy"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
 
 
 def _quiet_libraries(keep_bars: bool) -> None:

@@ -143,6 +143,15 @@ class RaggedBatch:
         return offsets_in_rows(self.cu_seqlens, self.row_ids)
 
     @property
+    def visual(self) -> Tensor:
+        """``(total,)`` bool: True at tokens of images."""
+        spans = [span for row in self.spans for span in row]
+        lengths = torch.tensor([span.length for span in spans])
+        in_image = torch.tensor([span.image > 0 for span in spans]).repeat_interleave(lengths)
+        visual = to_device(in_image, self.values.device)
+        return visual if self.protect is None else visual & ~self.protect
+
+    @property
     def one_token_a_row(self) -> bool:
         return self.max_seqlen == 1 and self.values.shape[0] == self.batch_size
 

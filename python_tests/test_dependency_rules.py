@@ -20,7 +20,7 @@ LAYERS = {
     name: depth
     for depth, names in enumerate(
         (
-            ("_version", "_runtime", "_library", "_triton_library", "reference", "triton"),
+            ("_version", "_runtime", "_library", "_triton_library", "environment", "reference", "triton"),
             ("backends",),
             ("ops", "testing"),
             ("ragged", "cache"),
@@ -29,6 +29,7 @@ LAYERS = {
             ("report", "pruning"),
             ("models", "video"),
             ("runner", "video_runner", "training", "data"),
+            ("evaluation",),
             ("commands",),
             ("cli", "__main__"),
         )

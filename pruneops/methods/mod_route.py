@@ -239,15 +239,11 @@ def _softmax_of_rows(logits: Tensor, batch: RaggedBatch) -> Tensor:
 
 def _image_mask(batch: RaggedBatch, skip: int) -> Tensor:
     """``(total,)`` bool, see `Targets.of_images`."""
-    device = batch.values.device
-    spans = [span for row in batch.spans for span in row]
-    lengths = torch.tensor([span.length for span in spans])
-    in_image = torch.tensor([span.image > 0 for span in spans]).repeat_interleave(lengths)
-    visual = to_device(in_image, device)
-    if batch.protect is not None:
-        visual = visual & ~batch.protect
+    visual = batch.visual
     if not skip:
         return visual
+    spans = [span for row in batch.spans for span in row]
+    lengths = torch.tensor([span.length for span in spans])
     numbers = torch.tensor([span.visual for span in spans])
-    first = to_device((numbers.cumsum(0) - numbers + skip).repeat_interleave(lengths), device)
+    first = to_device((numbers.cumsum(0) - numbers + skip).repeat_interleave(lengths), batch.values.device)
     return visual & (visual.cumsum(0) > first)
