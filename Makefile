@@ -1,6 +1,6 @@
 # Everything runs inside $(VENV), which the first target that needs it creates.
 #
-#   make demo            answer about a photograph, dense and pruned
+#   make demo            answer about a rendered picture, dense and pruned
 #   make test            build and run the tests
 #
 # PYTHON=python3.12      the interpreter the environment is made from (3.10 or newer)
@@ -22,7 +22,7 @@ BENCH_ARGS ?=
 FUZZ_EXAMPLES ?= 20000
 TRANSFORMERS ?= 5.16.0 5.23.0
 TRITON_OLD ?= 3.6.0
-DEMO_ARGS ?= --prompt "What is in this picture?" --prompt "What colour is the saucer?"
+DEMO_ARGS ?= --seed 0
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -97,7 +97,7 @@ build: $(STAMPS)/build  ## compile the libraries and install the package in edit
 # ------------------------------------------------------------------ use
 
 .PHONY: demo
-demo: build  ## answer about a photograph, dense and pruned; pictures go to demo/
+demo: build  ## answer about a picture rendered from a seed, dense and pruned (DEMO_ARGS="--seed 7"); see demo/
 	$(BIN)/pruneops run --out demo $(DEMO_ARGS)
 
 .PHONY: test-cpp

@@ -11,6 +11,7 @@ from pruneops import ops
 location = Path(pruneops.__file__).resolve()
 assert Path(sys.prefix).resolve() in location.parents, f"pruneops came from {location}, not from the wheel"
 assert "transformers" not in sys.modules, "importing pruneops must not import transformers"
+assert (location.parent / "assets" / "scene_llava" / "model.safetensors").is_file(), "the small model is missing"
 print("pruneops", pruneops.__version__, "with torch", torch.__version__)
 print(pruneops.build_info())
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pruneops._version import __version__
 from pruneops.commands import convert, data, evaluate, run_inputs, schedule, tune
-from pruneops.commands.arguments import integers, numbers, positive
+from pruneops.commands.arguments import integers, not_negative, numbers, positive
 from pruneops.environment import versions
 
 if TYPE_CHECKING:
@@ -31,17 +31,21 @@ of tokens, FLOPs, bytes of keys and values and measured time per group of layers
 writes a picture of the patches that each stage kept; of a video, a contact sheet of
 its frames with segments, static and dynamic patches and what was kept.
 
+Without an image or video, a picture of small shapes and signs is rendered from --seed,
+and questions that come with it are asked; the right answers are shown beside the others.
+The small model that ships with pruneops was trained on such pictures, and knows no others.
+
 Several --image, --video or --prompt make one batch: a single one serves every entry of
 the other.
 """
 RUN_EXAMPLES = """\
 examples:
   pruneops run
-  pruneops run --image cat.jpg --prompt "What animal is this?"
-  pruneops run --image a.jpg --image b.jpg --layers 2,4,6 --keep 0.5,0.25,0.125
+  pruneops run --seed 7 --layers 2,4,6 --keep 0.25,0.1,0.05
+  pruneops run --seed 7 --prompt "Describe the picture." --max-new-tokens 300
   pruneops run --video clip.mp4 --prompt "What does the cat do?"
   pruneops run --video clip.mp4 --num-frames 8 --tau 0.9 --alpha 0.2
-  pruneops run --model llava-hf/llava-1.5-7b-hf --image cat.jpg --out kept.png
+  pruneops run --model llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt "What animal is this?" --out kept.png
 
 exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted
 """
@@ -73,14 +77,14 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         type=Path,
         metavar="PATH",
-        help="an image file; may be repeated (default: the photograph that ships with pruneops)",
+        help="an image file; may be repeated (default: a picture rendered from --seed)",
     )
     ask.add_argument(
         "--prompt",
         action="append",
         metavar="TEXT",
-        help=f"the question; may be repeated (default: {run_inputs.DEFAULT_PROMPT!r}, "
-        f"or {run_inputs.DEFAULT_VIDEO_PROMPT!r})",
+        help="the question; may be repeated (default: those that come with the rendered picture, or "
+        f"{run_inputs.DEFAULT_PROMPT!r}, or {run_inputs.DEFAULT_VIDEO_PROMPT!r})",
     )
     ask.add_argument(
         "--batch",
@@ -92,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-new-tokens",
         type=positive,
         metavar="N",
-        help="tokens to answer with at most, chosen greedily (default: 64, or 16 with the small model)",
+        help="tokens to answer with at most, chosen greedily (default: 64, or 16 with the untrained model)",
     )
 
     how = run.add_argument_group("model and method")
@@ -100,8 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         metavar="ID_OR_PATH",
         help="a LLaVA or LLaVA-NeXT checkpoint in Hugging Face format, for videos a LLaVA-NeXT-Video, LLaVA-OneVision "
-        "or Video-LLaVA one: a folder or a hub name (default: a small one built on the spot, untrained: words mean "
-        "nothing)",
+        "or Video-LLaVA one: a folder or a hub name (default: the small one that ships with pruneops, trained on "
+        "rendered pictures only; for videos one built on the spot, untrained: words mean nothing)",
     )
     how.add_argument(
         "--method",
@@ -134,9 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--seed",
-        type=int,
+        type=not_negative,
         default=0,
-        help="seed of torch and of the small model's weights (default: %(default)s)",
+        help="seed of the rendered picture, of torch, and of the untrained model's weights (default: %(default)s)",
     )
     how.add_argument(
         "--repeat",
@@ -209,9 +213,9 @@ def _run(options: argparse.Namespace) -> int:
     from pruneops import runner, video_runner
 
     media = video_runner if options.video else runner
-    questions = run_inputs.questions(options)
-    picture_path = _picture_path(options.out)
     progress = runner.Progress(options.quiet)
+    picture_path = _picture_path(options.out)
+    questions = run_inputs.questions(options, progress)
     opened = run_inputs.opened(options, questions, progress)
     for path in filter(None, (picture_path, options.json)):
         _make_writable(path)
@@ -222,9 +226,13 @@ def _run(options: argparse.Namespace) -> int:
         loaded = runner.load(
             options.model, method_for, options.dtype, options.device, options.seed, bool(options.video)
         )
-    method = method_for(loaded.depth)
+    method = run_inputs.own_method(options, loaded)
+    ways: dict[str, PruningMethod | None] = {}
+    if method is None:
+        method = method_for(loaded.depth)
+        ways = {"stock": None, "dense": run_inputs.dense_method()}
+    ways["pruned"] = method
     inputs = media.prepare(loaded, questions, opened)
-    ways = {"stock": None, "dense": run_inputs.dense_method(), "pruned": method}
     answers: dict[str, Answer] = {}
     for name, way in ways.items():
         with progress.step(f"answering, {name}"):
@@ -232,7 +240,7 @@ def _run(options: argparse.Namespace) -> int:
                 loaded,
                 inputs,
                 way,
-                max_new_tokens=options.max_new_tokens or (16 if options.model is None else 64),
+                max_new_tokens=options.max_new_tokens or (16 if loaded.untrained else 64),
                 repeat=options.repeat,
                 seed=options.seed,
                 progress=progress,
@@ -307,31 +315,58 @@ def _summary(
     from pruneops import runner, video_runner
     from pruneops.report import compare
 
-    lines = [
-        "",
-        f"model   {loaded.name} ({str(loaded.model.dtype).removeprefix('torch.')}, {loaded.model.device})",
-    ]
-    lines += [f"method  {method}", f"batch   {len(questions)} row{'s' if len(questions) > 1 else ''}"]
+    rows = []
     for row in shown:
         question = questions[row]
         visual = len(runner.visual_positions(inputs, row))
         tokens = int(inputs.features["attention_mask"][row].sum())
-        lines += [
+        rows += [
             "",
-            f"[{row}] {question.path.name}: {question.prompt}",
+            f"[{row}] {question.name}: {question.prompt}",
             f"    {visual} visual + {tokens - visual} text tokens{run_inputs.about(inputs.media[row])}",
+            *_answer_lines(question, {name: answered.texts[row] for name, answered in answers.items()}),
         ]
-        for name, answered in answers.items():
-            same = name == "dense" and answered.texts[row] == answers["stock"].texts[row]
-            lines.append(f"    {name:<7} {_printable(answered.texts[row])}" + ("   (as stock)" if same else ""))
-    dense, pruned = answers["dense"], answers["pruned"]
+    note = runner.caution(loaded, questions)
+    pruned = answers["pruned"].report
+    table = compare(answers["dense"].report, pruned) if "dense" in answers else str(pruned)
+    lines = [
+        "",
+        f"model   {loaded.name} ({str(loaded.model.dtype).removeprefix('torch.')}, {loaded.model.device})",
+    ]
+    if note and not loaded.untrained:
+        lines.append(f"note    {note}")
+    lines += [f"method  {method}", f"batch   {len(questions)} row{'s' if len(questions) > 1 else ''}", *rows]
+    known = [row for row in shown if questions[row].truth is not None]
+    if known:
+        counts = [
+            f"{name} {sum(runner.is_right(answered.texts[row], questions[row].truth) for row in known)}"
+            for name, answered in answers.items()
+        ]
+        lines += ["", f"right of {len(known)}: {', '.join(counts)}"]
     lines += ["", "prefill of the language model, all rows together; layers count from 0", ""]
-    lines += [compare(dense.report, pruned.report), *video_runner.describe_stages(pruned.report)]
-    lines += ["", f"whole answer, {pruned.new_tokens} new tokens, vision tower included"]
+    lines += [table, *video_runner.describe_stages(pruned)]
+    lines += ["", "whole answer, vision tower included"]
     for name, answered in answers.items():
-        ratio = answers["stock"].seconds / answered.seconds
-        lines.append(f"    {name:<7} {answered.seconds:8.3f} s   {ratio:5.2f} x stock speed")
+        line = f"    {name:<7} {answered.seconds:8.3f} s, {answered.new_tokens:3d} new tokens"
+        if "stock" in answers:
+            line += f"   {answers['stock'].seconds / answered.seconds:5.2f} x stock speed"
+        lines.append(line)
     return "\n".join(lines)
+
+
+def _answer_lines(question: Question, texts: dict[str, str]) -> list[str]:
+    """The right answer, if it is known, and those of each way with what there is to remark."""
+    from pruneops import runner
+
+    lines = [] if question.truth is None else [f"    truth   {question.truth}"]
+    for name, text in texts.items():
+        remarks = []
+        if question.truth is not None:
+            remarks.append("right" if runner.is_right(text, question.truth) else "wrong")
+        if name == "dense" and text == texts["stock"]:
+            remarks.append("as stock")
+        lines.append(f"    {name:<7} {_printable(text)}" + (f"   ({', '.join(remarks)})" if remarks else ""))
+    return lines
 
 
 def _document(
@@ -350,6 +385,7 @@ def _document(
             {
                 **run_inputs.source(question, inputs.media[row]),
                 "prompt": question.prompt,
+                "truth": question.truth,
                 "visual_tokens": len(runner.visual_positions(inputs, row)),
                 "answers": {name: answered.texts[row] for name, answered in answers.items()},
                 "kept": runner.kept_tokens(inputs, answers["pruned"], row),
@@ -358,9 +394,10 @@ def _document(
     return {
         "model": loaded.name,
         "untrained": loaded.untrained,
+        "note": runner.caution(loaded, questions),
         "method": method.to_dict(),
         "rows": rows,
-        "reports": {name: answers[name].report.to_dict() for name in ("dense", "pruned")},
+        "reports": {name: answered.report.to_dict() for name, answered in answers.items() if answered.report},
         "seconds": {name: answered.seconds for name, answered in answers.items()},
         "picture": None if picture is None else str(picture),
         "versions": versions(),

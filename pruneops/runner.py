@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from pruneops.analysis.pictures import StageView
+    from pruneops.data import Sample
     from pruneops.methods import PruningMethod
     from pruneops.report import Report
 
@@ -30,25 +31,54 @@ ASSET = Path(__file__).resolve().parent / "assets" / "coffee.jpg"
 
 MODEL_TYPES = ("llava", "llava_next")
 MAX_TURNS, SECONDS_FOR_TURNS = 3, 5.0
-UNTRAINED_LABEL = "small {}, built here and untrained: its words mean nothing"
+SHIPPED_LABEL = "scene LLaVA, the small model that ships with pruneops"
+UNTRAINED_LABEL = "small LLaVA-NeXT-Video, built here and untrained: its words mean nothing"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One row of the batch: what is asked of an image or video file."""
+    """One row of the batch: what is asked of an image or video file, or of the picture of a sample."""
 
-    path: Path
+    path: Path | None
     prompt: str
+    sample: Sample | None = None
+
+    @property
+    def source(self) -> Path | Sample:
+        """What the picture or video is read or rendered from."""
+        return self.sample if self.path is None else self.path
+
+    @property
+    def name(self) -> str:
+        """What to call the picture or video."""
+        return f"rendered picture {self.sample.name}" if self.path is None else self.path.name
+
+    @property
+    def truth(self) -> str | None:
+        """The right answer; known of a sample's own questions only."""
+        if self.sample is None:
+            return None
+        from pruneops.data.questions import description, questions
+
+        scene = self.sample.source
+        answers = {asked.text: asked.answer for asked in (*questions(scene), description(scene))}
+        return answers.get(self.prompt.strip())
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its processor and the name to show for it."""
+    """A model with its processor and the name to show for it.
+
+    ``note`` says what its answers are worth if it was trained on nothing but rendered pictures, otherwise it is empty;
+    ``method`` is the one it was trained with, if that has modules in the model, without which it cannot run.
+    """
 
     model: Any
     processor: Any
     name: str
     untrained: bool
+    note: str = ""
+    method: PruningMethod | None = None
 
     @property
     def depth(self) -> int:
@@ -131,7 +161,7 @@ class Progress:
 
 
 def check_images(questions: Sequence[Question]) -> list[Image]:
-    """Opens the image of every question; equal paths are read once.
+    """Opens or renders the image of every question; equal paths are read once.
 
     Raises
     ------
@@ -140,10 +170,13 @@ def check_images(questions: Sequence[Question]) -> list[Image]:
     """
     from PIL import Image, UnidentifiedImageError
 
-    opened: dict[Path, Image.Image] = {}
+    opened: dict[Path | Sample, Image.Image] = {}
     for question in questions:
         path = question.path
-        if path in opened:
+        if question.source in opened:
+            continue
+        if path is None:
+            opened[question.sample] = Image.fromarray(question.sample.pictures[0])
             continue
         if not path.exists():
             raise ValueError(f"image: no such file: {path}")
@@ -156,7 +189,7 @@ def check_images(questions: Sequence[Question]) -> list[Image]:
             raise ValueError(f"image: not an image that PIL can read: {path}") from None
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"image: cannot read {path}: {error}") from None
-    return [opened[question.path] for question in questions]
+    return [opened[question.source] for question in questions]
 
 
 def load(
@@ -167,10 +200,10 @@ def load(
     seed: int,
     videos: bool = False,
 ) -> Loaded:
-    """Loads a LLaVA or LLaVA-NeXT checkpoint, or builds the small untrained one when ``model`` is None.
+    """Loads a LLaVA or LLaVA-NeXT checkpoint, by default the small one that ships with pruneops.
 
-    With ``videos`` it is a model that takes videos, and the processor is a
-    :class:`~pruneops.models.video_inputs.VideoReader`. ``method_for`` gives the method for a number of layers.
+    With ``videos`` it is a model that takes videos, by default a small, untrained one that is built, and the processor
+    is a :class:`~pruneops.models.video_inputs.VideoReader`. ``method_for`` gives the method for a number of layers.
 
     Raises
     ------
@@ -186,14 +219,21 @@ def load(
         raise ValueError(f"device must be a torch device such as cpu or cuda, got {device!r}") from None
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be one torch can use here, got {device!r}: no CUDA device was found")
-    if model is None:
-        from pruneops.models.small import build_small_llava
+    if model is None and videos:
         from pruneops.models.small_video import build_small_video
 
-        build = build_small_video if videos else build_small_llava
-        # The folder is only needed while loading: the weights are copied into memory below.
+        # The folder is only needed while loading.
         with tempfile.TemporaryDirectory(prefix="pruneops-") as folder:
-            return _load_checkpoint(str(build(folder, seed=seed)), method_for, dtype, target, None, videos)
+            path = str(build_small_video(folder, seed=seed))
+            loaded = _load_checkpoint(path, method_for, dtype, target, UNTRAINED_LABEL, videos)
+            # A mapped file keeps its folder busy; own memory does not.
+            for tensor in [*loaded.model.parameters(), *loaded.model.buffers()]:
+                tensor.data = tensor.data.clone()
+        return loaded
+    if model is None:
+        from pruneops.models.scene import scene_llava_folder
+
+        return _load_checkpoint(str(scene_llava_folder()), method_for, dtype, target, SHIPPED_LABEL, videos)
     return _load_checkpoint(model, method_for, dtype, target, model, videos)
 
 
@@ -202,51 +242,72 @@ def _load_checkpoint(
     method_for: Callable[[int], PruningMethod],
     dtype: str,
     device: torch.device,
-    name: str | None,
+    name: str,
     videos: bool,
 ) -> Loaded:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+    from pruneops import models
     from pruneops.methods import PruningMethod, method_from_dict
+    from pruneops.models.scene import training_of
     from pruneops.models.small import is_untrained
     from pruneops.models.video_inputs import VIDEO_MODEL_TYPES, VideoReader
 
-    shown = source if name is None else name
     looks_local = source.startswith((".", "/", "~")) or os.path.exists(source)
     path = os.path.expanduser(source)
     if looks_local and not os.path.isdir(path):
-        raise ValueError(f"model: no such folder: {shown}")
+        raise ValueError(f"model: no such folder: {name}")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model: {shown} is not a checkpoint that transformers can load: {_one_line(error)}") from None
+        raise ValueError(f"model: {name} is not a checkpoint that transformers can load: {_one_line(error)}") from None
     types = VIDEO_MODEL_TYPES if videos else MODEL_TYPES
     if config.model_type not in types:
         what = "takes no videos" if videos else "is not a LLaVA checkpoint"
         raise ValueError(
-            f"model: {shown} {what}: its model_type is {config.model_type!r}, expected one of {', '.join(types)}"
+            f"model: {name} {what}: its model_type is {config.model_type!r}, expected one of {', '.join(types)}"
         )
     saved = getattr(config, "pruning", None)
-    if saved is not None and type(method_from_dict(saved)).prepare is not PruningMethod.prepare:
-        raise ValueError(
-            f"model: {shown} was trained with {saved['method']} and only runs with it, expected a model without "
-            "modules of a method; load this one with pruneops.models"
-        )
-    method_for(config.get_text_config().num_hidden_layers)
+    method = method_from_dict(saved) if saved is not None else None
+    model_class: Any = AutoModelForImageTextToText
+    if method is not None and type(method).prepare is not PruningMethod.prepare:
+        model_class = getattr(models, (config.architectures or ["none"])[0], None)
+        if model_class is None:
+            raise ValueError(
+                f"model: {name} was trained with {method.name} and is a {config.architectures}, expected one of "
+                f"{', '.join(models.__all__)}"
+            )
+    else:
+        method = None  # one without modules is a setting, and the one that was asked for applies
+        method_for(config.get_text_config().num_hidden_layers)
     try:
         processor = VideoReader.from_pretrained(path, config) if videos else AutoProcessor.from_pretrained(path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        model = model_class.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"model: {shown} could not be loaded: {_one_line(error)}") from None
+        raise ValueError(f"model: {name} could not be loaded: {_one_line(error)}") from None
+    if method is not None:
+        model.pruning_run.remove()  # the modules stay, for `answer` to prune with
     untrained = is_untrained(config)
-    if name is None:
-        # A mapped file keeps its folder busy; own memory does not.
-        for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.data = tensor.data.clone()
     processor.tokenizer.padding_side = "left"
-    kind = "LLaVA-NeXT-Video" if videos else "LLaVA"
-    label = UNTRAINED_LABEL.format(kind) if name is None else name + (" (untrained)" if untrained else "")
-    return Loaded(model.to(device).eval(), processor, label, untrained)
+    label = f"{name} (untrained)" if untrained and name == source else name
+    note = training_of(config).get("note", "")
+    return Loaded(model.to(device).eval(), processor, label, untrained, note, method)
+
+
+def caution(loaded: Loaded, questions: Sequence[Question]) -> str:
+    """What a reader of the answers has to know; empty where there is nothing.
+
+    Of an untrained model always, of one that knows rendered pictures only where another kind of picture is asked about.
+    """
+    if loaded.untrained:
+        return loaded.name
+    return loaded.note if any(question.sample is None for question in questions) else ""
+
+
+def is_right(text: str, truth: str) -> bool:
+    """Whether an answer has the words of the right one; capitals and a full stop at the end do not count."""
+    plain = [" ".join(answer.lower().split()).rstrip(".") for answer in (text, truth)]
+    return plain[0] == plain[1]
 
 
 def prepare(loaded: Loaded, questions: Sequence[Question], images: Sequence[Image]) -> Inputs:
@@ -347,10 +408,15 @@ def kept_tokens(inputs: Inputs, answered: Answer, row: int) -> list[list[int]]:
 
 def stage_layers(method: PruningMethod, num_hidden_layers: int) -> list[str]:
     """The layers of each panel, the dense beginning first: ``["layers 0-7", "layers 8-15", ...]``."""
-    from pruneops.methods import PruneVid
+    from pruneops.methods import DynamicLlava, PMoD, PruneVid
 
     if isinstance(method, PruneVid):
         return ["before merging", *_layer_names([0, method.selected_layer + 1, num_hidden_layers])]
+    if isinstance(method, PMoD):  # what goes through a layer; the next one can choose from all patches again
+        return ["other layers", *(f"layer {i}" for i in method.keep_ratios(num_hidden_layers))]
+    if isinstance(method, DynamicLlava):
+        stages = [method.sparse_layer] if method.use_vision_predictor else []
+        return _layer_names([0, *stages, num_hidden_layers])
     return _layer_names([0, *(getattr(method, "layers", None) or ()), num_hidden_layers])
 
 
@@ -381,7 +447,7 @@ def draw(
         views,
         stage_layers(method, loaded.depth),
         title=f"{type(method).__name__}: patches kept at each stage",
-        note=loaded.name if loaded.untrained else "",
+        note=caution(loaded, questions),
     )
 
 
@@ -400,7 +466,7 @@ def _row_views(loaded: Loaded, inputs: Inputs, question: Question, answered: Ans
     )
     for view in views:
         place = {token: index for index, token in enumerate(view.tokens)}
-        title = f"{question.path.name}: {question.prompt}" + (f" ({view.title})" if view.title else "")
+        title = f"{question.name}: {question.prompt}" + (f" ({view.title})" if view.title else "")
         inside = [[place[token] for token in stage if token in place] for stage in kept]
         yield StageView(view.image, view.boxes, inside, title)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,11 @@ from PIL import Image
 from test_small_model import TINY
 
 import pruneops
+from pruneops import models, runner
 from pruneops.cli import BAD_INPUT, FAILED, INTERRUPTED, OK, main
+from pruneops.data import Samples
+from pruneops.methods import DynamicLlava, PMoD, PruningMethod
+from pruneops.models import scene
 from pruneops.models.small import build_small_llava, small_tokenizer
 from pruneops.runner import ASSET
 
@@ -120,7 +125,8 @@ def test_default_layers_are_the_quarter_points(checkpoint: Path, tmp_path: Path)
 def test_a_llava_next_checkpoint_is_drawn_as_overview_and_detail(
     next_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(next_checkpoint, "--out", tmp_path / "next.png", "--json", tmp_path / "run.json") == OK
+    arguments = ("--image", ASSET, "--out", tmp_path / "next.png", "--json", tmp_path / "run.json")
+    assert run(next_checkpoint, *arguments) == OK
     assert "as stock" in capsys.readouterr().out
     row = json.loads((tmp_path / "run.json").read_text())["rows"][0]
     count = row["visual_tokens"]
@@ -128,6 +134,95 @@ def test_a_llava_next_checkpoint_is_drawn_as_overview_and_detail(
     assert [len(stage) for stage in row["kept"]] == [int(count * r) for r in (0.5, 0.25, 0.125)]
     with Image.open(tmp_path / "next.png") as picture:
         assert picture.height > 2 * 200
+
+
+def test_without_an_image_a_picture_is_rendered_from_the_seed_and_asked_its_own_questions(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(checkpoint, "--seed", 7, "--json", tmp_path / "run.json") == OK
+    (sample,) = Samples("test", 1, seed=7, turns=6)
+    rows = json.loads((tmp_path / "run.json").read_text())["rows"]
+    assert [(row["prompt"], row["truth"]) for row in rows] == [(turn.text, turn.answer) for turn in sample.turns]
+    assert {row["sample"] for row in rows} == {sample.name}
+    printed = capsys.readouterr().out
+    assert f"[0] rendered picture {sample.name}: {sample.turns[0].text}\n" in printed
+    assert f"    truth   {sample.turns[0].answer}\n" in printed and "(wrong, as stock)" in printed
+    assert f"right of {len(rows)}: stock 0, dense 0, pruned 0\n" in printed
+
+
+def test_any_question_of_a_rendered_picture_is_known_and_no_other(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ("--prompt", "Describe the picture.", "--prompt", "What is in this picture?")
+    assert run(checkpoint, *prompts, "--json", tmp_path / "run.json") == OK
+    described, unknown = (row["truth"] for row in json.loads((tmp_path / "run.json").read_text())["rows"])
+    assert described.startswith("The picture shows ") and unknown is None
+    printed = capsys.readouterr().out
+    assert printed.count("truth   ") == 1 and "right of 1: " in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "truth", "right"),
+    [("top left", "top left", True), (" Red.\n", "red", True), ("red ring", "red", False), ("", "0", False)],
+)
+def test_an_answer_is_right_if_its_words_are_those_of_the_truth(text: str, truth: str, right: bool) -> None:
+    assert runner.is_right(text, truth) is right
+
+
+def test_a_model_that_knows_rendered_pictures_only_says_so_of_others(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "marked")
+    config = json.loads((folder / "config.json").read_text())
+    del config["pruneops_untrained"]
+    config[scene.TRAINING_KEY] = {"note": "knows shapes only"}
+    (folder / "config.json").write_text(json.dumps(config))
+    for arguments, note in ((("--image", ASSET), "knows shapes only"), (("--prompt", "What is it?"), "")):
+        assert run(folder, *arguments, "--json", tmp_path / "run.json") == OK
+        assert json.loads((tmp_path / "run.json").read_text())["note"] == note
+        assert ("note    knows shapes only\n" in capsys.readouterr().out) is bool(note)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [PMoD(layers="interleave"), DynamicLlava(sparse_layer=1, d_model=32, nhead=4, dim_feedforward=32, num_layers=1)],
+    ids=lambda method: method.name,
+)
+def test_a_model_that_was_trained_with_a_method_answers_with_it_alone(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: PruningMethod
+) -> None:
+    from transformers import AutoProcessor
+
+    folder = shutil.copytree(checkpoint, tmp_path / "trained")
+    torch.manual_seed(0)
+    model = models.LlavaForConditionalGeneration.from_pretrained(checkpoint, pruning=method)
+    model.save_pretrained(folder)
+    arguments = ("--image", ASSET, "--prompt", "What?", "--json", tmp_path / "run.json", "--out", tmp_path / "a.png")
+    assert run(folder, *arguments) == OK
+    printed = capsys.readouterr().out
+    assert "stock" not in printed and "of dense" in printed and (tmp_path / "a.png").is_file()
+    document = json.loads((tmp_path / "run.json").read_text())
+    assert document["method"] == method.to_dict() and list(document["reports"]) == ["pruned"]
+    assert document["reports"]["pruned"]["flop_ratio"] < 1
+
+    questions = [runner.Question(ASSET, "What?")]
+    loaded = runner.Loaded(model, AutoProcessor.from_pretrained(folder), "", True)
+    inputs = runner.prepare(loaded, questions, runner.check_images(questions))
+    ids = model.generate(**inputs.features, max_new_tokens=4, do_sample=False)[0, inputs.prompt_length :]
+    expected = loaded.processor.decode(ids, skip_special_tokens=True).strip()
+    assert document["rows"][0]["answers"] == {"pruned": expected}
+
+    assert run(folder, "--keep", 0.5) == BAD_INPUT
+    assert f"was trained with {method.name} and only runs with it" in capsys.readouterr().err
+
+
+def test_weights_that_do_not_ship_are_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scene, "_ASSETS", tmp_path)
+    assert main(["run", "--quiet"]) == FAILED
+    err = capsys.readouterr().err
+    assert f"there are none in {tmp_path / 'scene_llava'}" in err and err.count("\n") == 1
 
 
 def test_progress_is_plain_lines_on_stderr(
@@ -159,6 +254,7 @@ BROKEN = [
     ),
     (["--out", __file__], "--out must be a folder or a file ending in .png"),
     (["--json", "."], "cannot write the file ."),
+    (["--video", "clip.mp4", "--image", ASSET], "--video cannot be given together with --image"),
     (["--device", "nowhere"], "device must be a torch device such as cpu or cuda, got 'nowhere'"),
 ]
 
@@ -207,7 +303,14 @@ def test_a_llava_without_weights_is_bad_input(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["run", "--keep", "half"], ["run", "--batch", "0"], ["run", "--method", "magic"], [], ["walk"]],
+    [
+        ["run", "--keep", "half"],
+        ["run", "--seed", "-1"],
+        ["run", "--batch", "0"],
+        ["run", "--method", "magic"],
+        [],
+        ["walk"],
+    ],
 )
 def test_a_bad_command_line_is_one_line_and_exit_code_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str]

@@ -19,6 +19,7 @@ from pruneops.analysis.contact_sheet import VideoView, draw_contact_sheet, segme
 from pruneops.cli import BAD_INPUT, FAILED, OK, main
 from pruneops.models.small import build_small_llava
 from pruneops.models.small_video import build_small_video
+from pruneops.runner import ASSET
 from pruneops.video import sample_indices
 
 PATCHES = 36
@@ -249,7 +250,7 @@ def test_a_video_may_be_pruned_by_another_method_and_an_image_by_prunevid(
     assert [len(stage) for stage in row["kept"]] == [72, 36]
 
     images = build_small_llava(tmp_path / "small", num_visual_tokens=144, **TINY)
-    assert run(images, "--method", "prunevid", "--json", tmp_path / "run.json") == OK
+    assert run(images, "--image", ASSET, "--method", "prunevid", "--json", tmp_path / "run.json") == OK
     assert "merged before layer 0: " in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "run.json").read_text())["rows"]
     # One frame has no static patches: half of the tokens are clusters, and 0.4 of these stay.

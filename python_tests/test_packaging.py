@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from setuptools._distutils.filelist import FileList
 
 import pruneops
 
@@ -63,6 +64,25 @@ def test_a_wheel_contains_every_module_and_data_file(wheel: dict[str, object]) -
     }
     assert wheel["files"] == expected
     assert "pruneops/py.typed" in expected
+
+
+def test_the_shipped_model_is_in_the_wheel_with_its_card(wheel: dict[str, object]) -> None:
+    names = ("model.safetensors", "config.json", "tokenizer.json", "processor_config.json", "README.md")
+    assert {f"pruneops/assets/scene_llava/{name}" for name in names} <= wheel["files"]
+
+
+def test_a_source_distribution_contains_every_data_file() -> None:
+    """Modules come by themselves, everything else from the lines of MANIFEST.in."""
+    data = {
+        path.relative_to(ROOT).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and path.suffix not in {".py", ".pyc", ".so"}
+    }
+    files = FileList()
+    files.set_allfiles(sorted(data))
+    for line in (ROOT / "MANIFEST.in").read_text().splitlines():
+        files.process_template_line(line)
+    assert set(files.files) == data
 
 
 def test_every_folder_with_modules_is_a_package() -> None:

@@ -11,10 +11,12 @@ from pruneops.commands.arguments import positive
 
 if TYPE_CHECKING:
     from pruneops.methods import PruningMethod
-    from pruneops.runner import Progress, Question
+    from pruneops.runner import Loaded, Progress, Question
 
 DEFAULT_PROMPT, DEFAULT_VIDEO_PROMPT = "What is in this picture?", "What happens in this video?"
 DEFAULT_NUM_FRAMES = 16
+#: Questions of a rendered picture: one of each kind.
+TURNS = 6
 #: Method, field of it, option.
 _METHOD_OPTIONS = (
     ("pyramiddrop", "layers", "layers"),
@@ -58,17 +60,26 @@ def add_video_options(run: argparse.ArgumentParser, ask: argparse._ArgumentGroup
     )
 
 
-def questions(options: argparse.Namespace) -> list[Question]:
-    """Pairs images or videos with prompts; the one that was given once serves all of the other."""
-    from pruneops.runner import ASSET, Question
+def questions(options: argparse.Namespace, progress: Progress) -> list[Question]:
+    """Pairs images or videos with prompts; the one that was given once serves all of the other.
+
+    Without either, a rendered picture is asked the prompts, or questions that come with it.
+    """
+    from pruneops.runner import Question
 
     if options.video and options.image:
         raise ValueError("--video cannot be given together with --image: a batch is of one kind")
     if options.num_frames is not None and not options.video:
         raise ValueError("--num-frames needs --video")
     kind, batch = "video" if options.video else "image", options.batch
-    paths = options.video or options.image or [ASSET]
+    paths, sample = options.video or options.image or [None], None
     texts = options.prompt or [DEFAULT_VIDEO_PROMPT if options.video else DEFAULT_PROMPT]
+    if paths == [None]:
+        with progress.step("starting torch, rendering a picture"):
+            from pruneops.data import Samples
+
+            (sample,) = Samples("test", 1, seed=options.seed, turns=TURNS)
+        texts = options.prompt or [turn.text for turn in sample.turns]
     if len(paths) != len(texts) and 1 not in (len(paths), len(texts)):
         raise ValueError(
             f"--prompt must be given once or once per {kind}, got {len(texts)} prompts for {len(paths)} {kind}s"
@@ -77,7 +88,7 @@ def questions(options: argparse.Namespace) -> list[Question]:
         if not text.strip():
             raise ValueError("--prompt must not be empty")
     count = max(len(paths), len(texts))
-    rows = [Question(paths[i % len(paths)], texts[i % len(texts)]) for i in range(count)]
+    rows = [Question(paths[i % len(paths)], texts[i % len(texts)], sample) for i in range(count)]
     if batch is not None:
         if batch < count:
             raise ValueError(f"--batch must be at least the number of questions ({count}), got {batch}")
@@ -86,7 +97,7 @@ def questions(options: argparse.Namespace) -> list[Question]:
 
 
 def opened(options: argparse.Namespace, questions: Sequence[Question], progress: Progress) -> list[Any]:
-    """The images of the questions, or the sampled frames of their videos."""
+    """The images of the questions, read or rendered, or the sampled frames of their videos."""
     from pruneops import runner, video_runner
 
     if not options.video:
@@ -126,6 +137,26 @@ def method_for(options: argparse.Namespace) -> Callable[[int], PruningMethod]:
     return at_depth
 
 
+def own_method(options: argparse.Namespace, loaded: Loaded) -> PruningMethod | None:
+    """The method that a model was trained with, if it runs with nothing else; then none can be asked for.
+
+    Raises
+    ------
+    ValueError
+        If there are options of a method nevertheless.
+    """
+    if loaded.method is None:
+        return None
+    names = ("method", *(option for *_, option in _METHOD_OPTIONS))
+    given = [name for name in names if getattr(options, name) is not None]
+    if given:
+        raise ValueError(
+            f"--{given[0].replace('_', '-')}: got it for a model that was trained with {loaded.method.name} and only "
+            "runs with it, expected no options of a method"
+        )
+    return loaded.method
+
+
 def about(medium: Any) -> str:
     """What there is to say of a clip beside its tokens."""
     from pruneops import video, video_runner
@@ -134,9 +165,11 @@ def about(medium: Any) -> str:
 
 
 def source(question: Question, medium: Any) -> dict[str, Any]:
-    """The file of a question, and of a clip the frames that were sampled."""
+    """The file of a question, or the name of its rendered picture, and of a clip the frames that were sampled."""
     from pruneops.video import Clip
 
+    if question.sample is not None:
+        return {"sample": question.sample.name}
     if not isinstance(medium, Clip):
         return {"image": str(question.path)}
     return {"video": str(question.path), "frames": medium.indices, "total_frames": medium.total}

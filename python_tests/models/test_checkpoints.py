@@ -457,15 +457,6 @@ def test_the_command_converts_shows_progress_and_refuses_to_overwrite(
     assert main(back) == OK
 
 
-def test_a_trained_model_is_not_run_as_if_it_were_a_dense_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    original.write_original(tmp_path / "in")
-    checkpoints.convert(tmp_path / "in", tmp_path / "out")
-    assert main(["run", "--model", str(tmp_path / "out"), "--quiet", "--out", str(tmp_path)]) == BAD_INPUT
-    assert "was trained with pmod and only runs with it" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
