@@ -22,6 +22,7 @@ from transformers import HfArgumentParser, LlavaForConditionalGeneration, Traine
 import pruneops
 from pruneops.data import (
     LABELS,
+    CurriculumDataset,
     PatchDataset,
     SampleDataset,
     Samples,
@@ -57,8 +58,9 @@ class LlavaArguments:
 
     stage: str = field(
         metadata={
-            "help": "tower: the vision tower alone, on what each patch shows; align: projector and language model, on "
-            "the patches that have something on them; tune: everything visible, with or without a pruning method",
+            "help": "tower: the vision tower alone, on what each patch shows; align: the language model alone, on "
+            "more and more of the patches; tune: projector and language model on all of them, with or without a "
+            "pruning method",
             "choices": list(STAGES),
         }
     )
@@ -83,7 +85,7 @@ class LlavaArguments:
         default=0.2,
         metadata={"help": "align: share of the empty patches that is shown where everything else is"},
     )
-    train_vision_tower: bool = field(default=False, metadata={"help": "train the tower in align and tune as well"})
+    train_vision_tower: bool = field(default=False, metadata={"help": "tune: train the tower as well"})
     held_out: int = field(default=256, metadata={"help": "pictures of the validation split to evaluate on"})
 
 
@@ -128,7 +130,9 @@ def beginning(arguments: LlavaArguments) -> Any:
     else:
         chosen = {"method": arguments.method, "method_config": arguments.method_config}
         model = train_sft.load_model(train_sft.SftArguments(arguments.model, "", **chosen))
-    model.model.vision_tower.requires_grad_(arguments.train_vision_tower)
+    tuned = arguments.stage == "tune"
+    model.model.vision_tower.requires_grad_(tuned and arguments.train_vision_tower)
+    model.model.multi_modal_projector.requires_grad_(tuned)
     return model
 
 
@@ -164,7 +168,10 @@ def datasets(arguments: LlavaArguments, processor: Any) -> list[Dataset]:
             made.append(PatchDataset(Samples(split, size, **options), processor.image_processor))
         else:
             samples = Samples(split, size, kinds=kinds(arguments.descriptions), **options)
-            made.append(SampleDataset(samples, processor, with_evidence=arguments.stage == "align"))
+            if arguments.stage == "align":
+                made.append(CurriculumDataset(samples, processor, arguments.background_share))
+            else:
+                made.append(SampleDataset(samples, processor))
     return made
 
 
@@ -187,7 +194,8 @@ def make_trainer(arguments: LlavaArguments, training: LlavaTrainingArguments) ->
     if arguments.stage == "tower":
         collator = default_data_collator
     elif arguments.stage == "align":
-        collator = AlignmentCollator(processor, model.config.image_token_id, arguments.background_share)
+        collator = AlignmentCollator(processor, model.config.image_token_id)
+        training.train_sampling_strategy = "sequential"  # the curriculum is the order of the samples
     log.info("%d pictures, %.3f million trained weights", len(train), trained_weights(model) / 1e6)
     return (train_sft.SftTrainer if dynamic else Trainer)(
         model=model,

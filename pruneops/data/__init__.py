@@ -5,6 +5,7 @@ question can be answered without looking. The same seed gives the same bytes on 
 """
 
 from pruneops.data.clip import CLIP_GRID, CLIP_TEMPLATES
+from pruneops.data.curriculum import CurriculumDataset
 from pruneops.data.export import export
 from pruneops.data.labels import IGNORED, LABELS, patch_labels
 from pruneops.data.model import scene_llava_config, scene_processor
@@ -24,6 +25,7 @@ __all__ = [
     "LABELS",
     "SPLITS",
     "TEMPLATES",
+    "CurriculumDataset",
     "PatchDataset",
     "Question",
     "Sample",

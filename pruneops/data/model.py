@@ -113,6 +113,8 @@ def scene_llava_config(
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
         max_position_embeddings=4096,
+        # Of 16 pairs of channels, 10000 would leave few that can tell words apart over the length of a picture.
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         # The usual 0.02 is for wide models; in this one attention would stay flat for long.
         initializer_range=hidden_size**-0.5,
         tie_word_embeddings=True,

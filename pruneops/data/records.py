@@ -52,18 +52,12 @@ class SampleDataset(Dataset):
         With a fast tokenizer, for pictures of the samples' size (`pruneops.data.scene_processor`).
     max_length : int, optional
         See `pruneops.training.encode`.
-    with_evidence : bool
-        Samples, which have to be pictures, have ``covered`` and ``evidence`` as well, each ``(patches,)`` bool: whether
-        there is something on a patch, and whether an answer hangs on it (see `pruneops.training.AlignmentCollator`).
     """
 
-    def __init__(
-        self, samples: Samples, processor: Any, max_length: int | None = None, *, with_evidence: bool = False
-    ) -> None:
+    def __init__(self, samples: Samples, processor: Any, max_length: int | None = None) -> None:
         self.samples = samples
         self._processor = processor
         self._max_length = max_length
-        self._with_evidence = with_evidence
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -74,13 +68,7 @@ class SampleDataset(Dataset):
         sample = self.samples[index]
         pictures = [Image.fromarray(picture) for picture in sample.pictures]
         conversation = Conversation.from_record(record(sample), index)
-        encoded = encode(conversation, pictures, self._processor, self._max_length)
-        if self._with_evidence:
-            encoded["covered"] = torch.from_numpy(sample.labels()["shape"] != 0).flatten()
-            encoded["evidence"] = torch.zeros_like(encoded["covered"])
-            for turn in range(len(sample.turns)):
-                encoded["evidence"][sample.evidence(turn)] = True
-        return encoded
+        return encode(conversation, pictures, self._processor, self._max_length)
 
 
 class PatchDataset(Dataset):

@@ -15,7 +15,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from pruneops import models
-from pruneops.data import LABELS, PatchDataset, SampleDataset, Samples, scene_llava_config, scene_processor
+from pruneops.data import LABELS, CurriculumDataset, PatchDataset, Samples, scene_llava_config, scene_processor
 from pruneops.methods import DynamicLlava, PMoD, PyramidDrop
 from pruneops.training import (
     AlignedLlavaForConditionalGeneration,
@@ -146,28 +146,42 @@ def test_the_accuracy_of_the_tower_is_that_on_patches_with_something_on_them() -
 
 
 def encoded(processor: Any, count: int, **options: Any) -> list[dict[str, torch.Tensor]]:
-    data = SampleDataset(Samples("train", count, **options), processor, with_evidence=True)
+    data = CurriculumDataset(Samples("train", count, **options), processor)
     return [data[index] for index in range(count)]
 
 
-def test_what_answers_hang_on_is_shown_and_a_share_of_the_rest(processor: Any, aligned: Any) -> None:
-    samples, image = encoded(processor, 12), aligned.config.image_token_id
-    covered, evidence = (torch.stack([sample[name] for sample in samples]) for name in ("covered", "evidence"))
-    assert (covered | ~evidence).all() and (covered & ~evidence).any(1).all()
-    torch.manual_seed(0)
-    shares = []
-    for background in (0.0, 0.5, 1.0):
-        shown = AlignmentCollator(processor, image, background)(samples)["shown"]
-        assert shown[evidence].all() and (background or not shown[~covered].any())
-        of_things, of_empty = ((shown & rest).sum(1) / rest.sum(1) for rest in (covered & ~evidence, ~covered))
-        torch.testing.assert_close(of_empty, background * of_things, rtol=0, atol=0.35)
-        shares += of_things.tolist()
-    assert min(shares) < 0.1 and max(shares) > 0.9 and 0.3 < sum(shares) / len(shares) < 0.7
+def test_what_answers_hang_on_is_always_shown_and_more_and_more_of_the_rest(processor: Any) -> None:
+    data = CurriculumDataset(Samples("train", 40), processor, background_share=0.5)
+    of_things, of_empty = [], []
+    for index in range(40):
+        sample, shown = data.samples[index], data.shown(index)
+        evidence = torch.zeros(576, dtype=torch.bool)
+        for turn in range(len(sample.turns)):
+            evidence[sample.evidence(turn)] = True
+        covered = torch.from_numpy(sample.labels()["shape"] != 0).flatten()
+        assert shown[evidence].all()
+        of_things.append(float((shown & covered & ~evidence).sum() / (covered & ~evidence).sum()))
+        of_empty.append(float((shown & ~covered).sum() / (~covered).sum()))
+    assert max(of_things[:12]) == max(of_empty[:12]) == 0.0
+    assert 0.0 < sum(of_things[12:32]) / 20 < sum(of_things[32:]) / 8 and max(of_things[32:]) > 0.7
+    assert 0.0 < sum(of_empty[12:32]) / 20 < sum(of_empty[32:]) / 8 <= 0.5
+    assert data.bound(0) == 0.0 and data.bound(39) == 1.0
+
+
+def test_what_is_shown_of_a_sample_is_always_the_same(processor: Any) -> None:
+    one, other = (CurriculumDataset(Samples("train", 5), processor, 0.3) for _ in range(2))
+    assert torch.equal(one[4]["shown"], other[4]["shown"]) and one[4]["shown"].sum() > 0
+
+
+def test_without_a_background_share_empty_patches_are_never_shown(processor: Any) -> None:
+    data = CurriculumDataset(Samples("train", 5), processor, background_share=0.0)
+    for index in range(5):
+        assert not data.shown(index)[torch.from_numpy(data.samples[index].labels()["shape"] == 0).flatten()].any()
 
 
 def test_what_is_shown_keeps_its_position(processor: Any, aligned: Any) -> None:
     sample, image = encoded(processor, 1)[0], aligned.config.image_token_id
-    batch = AlignmentCollator(processor, image, 0.1)([sample])
+    batch = AlignmentCollator(processor, image)([sample])
     positions = batch["position_ids"][0]
     assert torch.equal(batch["input_ids"][0], sample["input_ids"][positions])
     assert torch.equal(batch["labels"][0], sample["labels"][positions])
@@ -177,18 +191,18 @@ def test_what_is_shown_keeps_its_position(processor: Any, aligned: Any) -> None:
 
 
 def test_with_all_patches_shown_it_is_the_loss_of_the_stock_model(processor: Any, aligned: Any) -> None:
-    samples = [{**sample, "evidence": torch.ones(576, dtype=torch.bool)} for sample in encoded(processor, 2, turns=6)]
-    everything = AlignmentCollator(processor, aligned.config.image_token_id, 1.0)(samples)
+    samples = [{**sample, "shown": torch.ones(576, dtype=torch.bool)} for sample in encoded(processor, 2, turns=6)]
+    everything = AlignmentCollator(processor, aligned.config.image_token_id)(samples)
     stock = LlavaForConditionalGeneration(aligned.config).eval()
     stock.load_state_dict(aligned.state_dict())
-    plain = [{k: v for k, v in sample.items() if k not in ("covered", "evidence")} for sample in samples]
+    plain = [{name: sample[name] for name in sample if name != "shown"} for sample in samples]
     batch = Collator(processor)(plain)
     with torch.no_grad():
         torch.testing.assert_close(aligned(**everything).loss, stock(**batch).loss, rtol=1e-5, atol=1e-6)
 
 
 def test_patches_that_are_not_shown_change_nothing(processor: Any, aligned: Any) -> None:
-    batch = AlignmentCollator(processor, aligned.config.image_token_id, 0.1)(encoded(processor, 2))
+    batch = AlignmentCollator(processor, aligned.config.image_token_id)(encoded(processor, 2))
     seen = []
 
     def features(pixels: torch.Tensor, **_: Any) -> Any:
@@ -210,7 +224,7 @@ def test_patches_that_are_not_shown_change_nothing(processor: Any, aligned: Any)
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_a_share_out_of_range_is_named(share: float, processor: Any) -> None:
     with pytest.raises(ValueError, match="background_share: got .*, expected a share in"):
-        AlignmentCollator(processor, 4, share)
+        CurriculumDataset(Samples("train", 5), processor, share)
 
 
 # -- the example ------------------------------------------------------------------------------------------------------
@@ -255,7 +269,7 @@ def test_the_stages_follow_each_other(script: Any, tower: Path, tmp_path: Path) 
     align = train(script, "align", tmp_path / "align", *SHORT, model=tower)
     assert align.state.log_history[-1]["eval_accuracy"] >= 0
     dense = train(script, "tune", tmp_path / "dense", *SHORT, model=tmp_path / "align")
-    # The tower stays as the first stage left it, and what comes out is a stock checkpoint.
+    # The tower stays as the first stage left it, the projector until the last, and a stock checkpoint comes out.
     before, after = (
         LlavaForConditionalGeneration.from_pretrained(path).state_dict() for path in (tower, tmp_path / "dense")
     )
