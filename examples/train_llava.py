@@ -15,9 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import train_sft
 from torch.utils.data import Dataset
-from transformers import HfArgumentParser, LlavaForConditionalGeneration, Trainer, default_data_collator
+from tqdm.auto import tqdm
+from transformers import (
+    HfArgumentParser,
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 import pruneops
 from pruneops.data import (
@@ -41,6 +49,7 @@ from pruneops.training import (
     Collator,
     GumbelTemperature,
     PatchReader,
+    ReadPictures,
     patch_accuracy,
 )
 from pruneops.training.conversations import IGNORED
@@ -48,8 +57,8 @@ from pruneops.training.conversations import IGNORED
 log = logging.getLogger("train_llava")
 STAGES = ("tower", "align", "tune")
 NOTHING_DROPPED = PyramidDrop(layers=(), keep_ratios=())
-#: Samples of each stage: what it takes on two cores within two hours, all of them together.
-SAMPLES = {"tower": 9600, "align": 96000, "tune": 9600}
+#: Pictures of each stage: what it takes on two cores within two hours, all of them together.
+SAMPLES = {"tower": 9600, "align": 14400, "tune": 4800}
 
 
 @dataclass
@@ -80,6 +89,9 @@ class LlavaArguments:
     turns: int = field(default=6, metadata={"help": "questions about a picture, at most"})
     descriptions: float = field(
         default=0.125, metadata={"help": "share of the pictures whose only turn is a description"}
+    )
+    passes: int = field(
+        default=6, metadata={"help": "align: how often every picture is gone through, as it was read once"}
     )
     background_share: float = field(
         default=0.2,
@@ -159,19 +171,23 @@ def kinds(share: float) -> tuple[str, ...]:
     return ("questions",) * round(1 / share - 1) + ("description",) if share else ("questions",)
 
 
-def datasets(arguments: LlavaArguments, processor: Any) -> list[Dataset]:
+def datasets(arguments: LlavaArguments, training: TrainingArguments, processor: Any, model: Any) -> list[Dataset]:
     """Pictures to train on, and others to evaluate on."""
     made: list[Dataset] = []
-    for split, size in (("train", arguments.samples or SAMPLES[arguments.stage]), ("validation", arguments.held_out)):
+    size = arguments.samples or SAMPLES[arguments.stage]
+    for split, count, passes in (("train", size, arguments.passes), ("validation", arguments.held_out, 1)):
         options = {"seed": arguments.picture_seed, "turns": arguments.turns}
         if arguments.stage == "tower":
-            made.append(PatchDataset(Samples(split, size, **options), processor.image_processor))
-        else:
-            samples = Samples(split, size, kinds=kinds(arguments.descriptions), **options)
-            if arguments.stage == "align":
-                made.append(CurriculumDataset(samples, processor, arguments.background_share))
-            else:
-                made.append(SampleDataset(samples, processor))
+            made.append(PatchDataset(Samples(split, count, **options), processor.image_processor))
+            continue
+        samples = Samples(split, count, kinds=kinds(arguments.descriptions), **options)
+        if arguments.stage == "tune":
+            made.append(SampleDataset(samples, processor))
+            continue
+        data = CurriculumDataset(samples, processor, arguments.background_share, passes)
+        half = torch.autocast(training.device.type, torch.bfloat16, enabled=training.bf16)
+        with half, tqdm(total=count, desc=f"reading pictures, {split}", disable=training.disable_tqdm) as bar:
+            made.append(ReadPictures(model.to(training.device), data, progress=bar.update))
     return made
 
 
@@ -188,15 +204,15 @@ def make_trainer(arguments: LlavaArguments, training: LlavaTrainingArguments) ->
     dynamic = getattr(model, "pruning_run", None) is not None and isinstance(model.pruning_run.method, DynamicLlava)
     processor = scene_processor()
     processor.tokenizer.padding_side = "right"
-    train, held_out = datasets(arguments, processor)
+    train, held_out = datasets(arguments, training, processor, model)
     collator: Any = Collator(processor)
     training.label_names = list(LABELS) if arguments.stage == "tower" else ["labels"]
     if arguments.stage == "tower":
         collator = default_data_collator
     elif arguments.stage == "align":
-        collator = AlignmentCollator(processor, model.config.image_token_id)
+        collator = AlignmentCollator(model.config.image_token_id, processor.tokenizer.pad_token_id)
         training.train_sampling_strategy = "sequential"  # the curriculum is the order of the samples
-    log.info("%d pictures, %.3f million trained weights", len(train), trained_weights(model) / 1e6)
+    log.info("%d samples, %.3f million trained weights", len(train), trained_weights(model) / 1e6)
     return (train_sft.SftTrainer if dynamic else Trainer)(
         model=model,
         args=training,

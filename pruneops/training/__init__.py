@@ -1,6 +1,6 @@
 """Supervised fine-tuning with the stock Trainer: LLaVA's data format, and batches that every method can train on."""
 
-from pruneops.training.alignment import AlignedLlavaForConditionalGeneration, AlignmentCollator
+from pruneops.training.alignment import AlignedLlavaForConditionalGeneration, AlignmentCollator, ReadPictures
 from pruneops.training.collate import Collator
 from pruneops.training.conversations import Conversation, Turn, encode, render
 from pruneops.training.dataset import LlavaDataset
@@ -15,6 +15,7 @@ __all__ = [
     "GumbelTemperature",
     "LlavaDataset",
     "PatchReader",
+    "ReadPictures",
     "Turn",
     "encode",
     "parameter_groups",

@@ -22,6 +22,7 @@ from pruneops.training import (
     AlignmentCollator,
     Collator,
     PatchReader,
+    ReadPictures,
     patch_accuracy,
 )
 
@@ -145,11 +146,6 @@ def test_the_accuracy_of_the_tower_is_that_on_patches_with_something_on_them() -
 # -- alignment --------------------------------------------------------------------------------------------------------
 
 
-def encoded(processor: Any, count: int, **options: Any) -> list[dict[str, torch.Tensor]]:
-    data = CurriculumDataset(Samples("train", count, **options), processor)
-    return [data[index] for index in range(count)]
-
-
 def test_what_answers_hang_on_is_always_shown_and_more_and_more_of_the_rest(processor: Any) -> None:
     data = CurriculumDataset(Samples("train", 40), processor, background_share=0.5)
     of_things, of_empty = [], []
@@ -168,6 +164,14 @@ def test_what_answers_hang_on_is_always_shown_and_more_and_more_of_the_rest(proc
     assert data.bound(0) == 0.0 and data.bound(39) == 1.0
 
 
+def test_every_pass_goes_through_all_samples_and_shows_other_patches(processor: Any) -> None:
+    data = CurriculumDataset(Samples("train", 4), processor, background_share=0.5, passes=3)
+    assert len(data) == 12 and data.bound(11) == 1.0
+    for early, late in ((7, 11), (6, 10)):
+        assert torch.equal(data[early]["input_ids"], data[late]["input_ids"])
+        assert not torch.equal(data[early]["shown"], data[late]["shown"])
+
+
 def test_what_is_shown_of_a_sample_is_always_the_same(processor: Any) -> None:
     one, other = (CurriculumDataset(Samples("train", 5), processor, 0.3) for _ in range(2))
     assert torch.equal(one[4]["shown"], other[4]["shown"]) and one[4]["shown"].sum() > 0
@@ -179,52 +183,64 @@ def test_without_a_background_share_empty_patches_are_never_shown(processor: Any
         assert not data.shown(index)[torch.from_numpy(data.samples[index].labels()["shape"] == 0).flatten()].any()
 
 
+def read(model: Any, processor: Any, count: int, **options: Any) -> ReadPictures:
+    return ReadPictures(model, CurriculumDataset(Samples("train", count, turns=6), processor, **options), batch_size=2)
+
+
+def batched(model: Any, processor: Any, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return AlignmentCollator(model.config.image_token_id, processor.tokenizer.pad_token_id)(samples)
+
+
+def test_every_picture_is_read_once(processor: Any, aligned: Any) -> None:
+    seen: list[int] = []
+    data = CurriculumDataset(Samples("train", 3), processor, passes=2)
+    pictures = ReadPictures(aligned, data, batch_size=2, progress=seen.append)
+    assert seen == [2, 1] and len(pictures) == 6
+    for index in range(6):
+        expected, found = data[index], pictures[index]
+        for name in ("input_ids", "labels", "shown"):
+            assert torch.equal(found[name], expected[name]), name
+        features = aligned.get_image_features(expected["pixel_values"], return_dict=True).pooler_output[0]
+        torch.testing.assert_close(found["image_features"].float(), features[found["shown"]], rtol=1e-3, atol=1e-4)
+
+
 def test_what_is_shown_keeps_its_position(processor: Any, aligned: Any) -> None:
-    sample, image = encoded(processor, 1)[0], aligned.config.image_token_id
-    batch = AlignmentCollator(processor, image)([sample])
-    positions = batch["position_ids"][0]
-    assert torch.equal(batch["input_ids"][0], sample["input_ids"][positions])
-    assert torch.equal(batch["labels"][0], sample["labels"][positions])
-    places = (sample["input_ids"] == image).nonzero()[:, 0]
-    assert torch.equal(positions[batch["input_ids"][0] == image], places[batch["shown"][0]])
-    assert set((sample["input_ids"] != image).nonzero()[:, 0].tolist()) <= set(positions.tolist())
+    samples, image = read(aligned, processor, 2, background_share=0.2), aligned.config.image_token_id
+    batch = batched(aligned, processor, [samples[0], samples[1]])
+    for row, sample in enumerate((samples[0], samples[1])):
+        positions = batch["position_ids"][row][batch["attention_mask"][row].bool()]
+        rest = slice(len(positions))
+        assert torch.equal(batch["input_ids"][row][rest], sample["input_ids"][positions])
+        assert torch.equal(batch["labels"][row][rest], sample["labels"][positions])
+        places = (sample["input_ids"] == image).nonzero()[:, 0]
+        assert torch.equal(positions[batch["input_ids"][row][rest] == image], places[sample["shown"]])
+        assert set((sample["input_ids"] != image).nonzero()[:, 0].tolist()) <= set(positions.tolist())
+        assert (batch["labels"][row][len(positions) :] == -100).all()
+    assert len(batch["image_features"]) == int((batch["input_ids"] == image).sum())
 
 
 def test_with_all_patches_shown_it_is_the_loss_of_the_stock_model(processor: Any, aligned: Any) -> None:
-    samples = [{**sample, "shown": torch.ones(576, dtype=torch.bool)} for sample in encoded(processor, 2, turns=6)]
-    everything = AlignmentCollator(processor, aligned.config.image_token_id)(samples)
+    data = CurriculumDataset(Samples("train", 2, turns=6), processor)
+    data.shown = lambda index: torch.ones(576, dtype=torch.bool)
+    pictures = ReadPictures(aligned, data)
     stock = LlavaForConditionalGeneration(aligned.config).eval()
     stock.load_state_dict(aligned.state_dict())
-    plain = [{name: sample[name] for name in sample if name != "shown"} for sample in samples]
-    batch = Collator(processor)(plain)
+    plain = [{name: sample[name] for name in sample if name != "shown"} for sample in (data[0], data[1])]
     with torch.no_grad():
-        torch.testing.assert_close(aligned(**everything).loss, stock(**batch).loss, rtol=1e-5, atol=1e-6)
-
-
-def test_patches_that_are_not_shown_change_nothing(processor: Any, aligned: Any) -> None:
-    batch = AlignmentCollator(processor, aligned.config.image_token_id)(encoded(processor, 2))
-    seen = []
-
-    def features(pixels: torch.Tensor, **_: Any) -> Any:
-        torch.manual_seed(0)
-        made = torch.randn(2, 576, SMALL["hidden_size"])
-        made[~batch["shown"]] = float(len(seen)) * 1e3
-        seen.append(made)
-        return SimpleNamespace(pooler_output=list(made))
-
-    aligned.get_image_features = features
-    try:
-        with torch.no_grad():
-            assert aligned(**batch).loss == aligned(**batch).loss
-    finally:
-        del aligned.get_image_features
-    assert len(seen) == 2
+        found = aligned(**batched(aligned, processor, [pictures[0], pictures[1]])).loss
+        # The features were rounded to half precision.
+        torch.testing.assert_close(found, stock(**Collator(processor)(plain)).loss, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_a_share_out_of_range_is_named(share: float, processor: Any) -> None:
     with pytest.raises(ValueError, match="background_share: got .*, expected a share in"):
         CurriculumDataset(Samples("train", 5), processor, share)
+
+
+def test_passes_out_of_range_are_named(processor: Any) -> None:
+    with pytest.raises(ValueError, match="passes: got 0, expected at least 1"):
+        CurriculumDataset(Samples("train", 5), processor, passes=0)
 
 
 # -- the example ------------------------------------------------------------------------------------------------------
@@ -247,7 +263,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def train(script: Any, stage: str, folder: Path, *more: str, model: Path | None = None) -> Any:
     command = ["--stage", stage, "--output_dir", str(folder), "--samples", "8", "--per_device_train_batch_size", "2"]
     command += ["--held_out", "2", "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"]
-    command += ["--dataloader_num_workers", "0", "--logging_steps", "1"]
+    command += ["--dataloader_num_workers", "0", "--logging_steps", "1", "--passes", "1"]
     return script.main([*command, *(["--model", str(model)] if model else []), *more])
 
 
