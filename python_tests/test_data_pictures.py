@@ -114,6 +114,7 @@ def test_labels_name_what_covers_a_quarter_of_a_patch_and_skip_slivers() -> None
     assert list(named["shape"][4, :4]) == ["background", "sign", "sign", "background"]
     assert list(named["text"][4, 1:3]) == ["go", "ba"] and list(named["colour"][4, 1:3]) == ["white", "white"]
     assert [int((labels[kind] != 0).sum()) for kind in ("shape", "colour", "text")] == [5, 5, 3]
+    assert named["region"][1, 1] == "top left" and named["region"][23, 8] == "bottom" and (labels["region"] > 0).all()
 
 
 def test_the_evidence_of_an_answer_is_few_patches_or_many() -> None:

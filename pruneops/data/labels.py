@@ -8,7 +8,7 @@ import numpy as np
 
 from pruneops.data.glyphs import SHAPES, UNIT
 from pruneops.data.scene import GRID, Thing
-from pruneops.data.words import COLOUR_NAMES, SIGN_NAMES, SYLLABLES
+from pruneops.data.words import COLOUR_NAMES, REGIONS, SIGN_NAMES, SYLLABLES
 
 #: The label of a patch that has a sliver of a thing, too little to tell what it is.
 IGNORED = -100
@@ -17,6 +17,7 @@ LABELS: dict[str, tuple[str, ...]] = {
     "shape": ("background", *SHAPES, "sign"),
     "colour": ("background", *COLOUR_NAMES, *SIGN_NAMES),
     "text": ("background", *SYLLABLES),
+    "region": ("background", *REGIONS),
 }
 
 
@@ -38,9 +39,11 @@ def patch_labels(things: Sequence[Thing], grid: int = GRID) -> dict[str, np.ndar
     -------
     dict of str to ndarray
         ``(grid, grid)`` int64 each, rows downwards. A patch is labelled with a thing whose box covers at least a
-        quarter of it; with less it is `IGNORED`. The text of a patch is the syllable in it.
+        quarter of it; with less it is `IGNORED`. The text of a patch is the syllable in it. Every patch has a region.
     """
     labels = {name: np.zeros((grid, grid), dtype=np.int64) for name in LABELS}
+    thirds = np.arange(grid) * 3 // grid
+    labels["region"] += 1 + 3 * thirds[:, None] + thirds
     for thing in things:
         first = thing.x // UNIT
         for (row, column), share in covered(thing).items():

@@ -41,8 +41,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a training of the vision tower leaves behind."""
     folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
-    classes = {name: len(values) for name, values in LABELS.items()}
-    PatchReader(scene_llava_config(**TINY, patch_classes=classes)).save_pretrained(folder)
+    words = {name: [[value] for value in range(1, len(values))] for name, values in LABELS.items()}
+    PatchReader(scene_llava_config(**TINY, patch_words=words)).save_pretrained(folder)
     return folder
 
 
@@ -54,7 +54,7 @@ def test_weights_are_halved_and_those_of_the_training_alone_left_out(trained: Pa
     assert all(torch.equal(weight, before[name].half().float()) for name, weight in model.state_dict().items())
     assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {torch.float16}
     config = json.loads((folder / "config.json").read_text())
-    assert "patch_classes" not in config and config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert "patch_words" not in config and config["architectures"] == ["LlavaForConditionalGeneration"]
     assert config["pruneops_training"] == {"note": NOTE, "questions": 500, "accuracy": FIGURES["accuracy"]}
     assert AutoProcessor.from_pretrained(folder).tokenizer.padding_side == "left"
 

@@ -3,61 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import transformers
 from PIL import Image
 from transformers import AutoProcessor
 
-import pruneops
 from pruneops import models
 from pruneops.cli import OK, main
 from pruneops.data import Samples, scene_processor
+from pruneops.evaluation import Exam, accuracy, load_candidate
+from pruneops.evaluation.ways import KEEP_ALL
 from pruneops.methods import PyramidDrop
 from pruneops.models.scene import TRAINING_KEY, scene_llava_folder, shipped_methods, training_of
 from pruneops.runner import ASSET, is_right
 
-QUESTIONS, BATCH = 128, 16
+QUESTIONS = 128
 #: The dense model is tested even if it is missing.
 SHIPPED = [None, *filter(None, shipped_methods())]
-
-
-@pytest.fixture(scope="module")
-def load() -> Callable[[str | None], tuple[Any, Any]]:
-    """Model and processor of a shipped method; loaded once."""
-    loaded: dict[str | None, tuple[Any, Any]] = {}
-
-    def load(method: str | None) -> tuple[Any, Any]:
-        if method not in loaded:
-            folder = scene_llava_folder(method)
-            module = transformers if method is None else models
-            model = module.LlavaForConditionalGeneration.from_pretrained(folder).eval()
-            loaded[method] = model, AutoProcessor.from_pretrained(folder)
-        return loaded[method]
-
-    return load
-
-
-def share_right(model: Any, processor: Any, size: int) -> float:
-    """Share of the first `size` questions of the test split that are answered right."""
-    samples, right = list(Samples("test", size, turns=1)), 0
-    for start in range(0, size, BATCH):
-        batch = samples[start : start + BATCH]
-        messages = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.turns[0].text}]}
-            for sample in batch
-        ]
-        prompts = [processor.apply_chat_template([message], add_generation_prompt=True) for message in messages]
-        images = [Image.fromarray(sample.pictures[0]) for sample in batch]
-        inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
-        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += sum(is_right(text, sample.turns[0].answer) for text, sample in zip(texts, batch, strict=True))
-    return right / size
 
 
 def least(stated: float, size: int) -> float:
@@ -109,15 +73,13 @@ def test_its_card_says_what_it_is_and_nothing_of_where_it_was_made(method: str |
         assert "name_or_path" not in file.read_text() and "/work" not in file.read_text(), file
 
 
-@pytest.mark.parametrize(("method", "way"), [(method, way) for method in shipped_methods() for way in stated(method)])
-def test_it_is_as_often_right_as_it_says(
-    load: Callable[[str | None], tuple[Any, Any]], method: str | None, way: str
-) -> None:
+@pytest.mark.parametrize("method", SHIPPED)
+def test_it_is_as_often_right_as_it_says(method: str | None) -> None:
     """ "dense" keeps everything, "pyramiddrop" has the published ratios, another name is the model's own method."""
-    model, processor = load(method)
-    context = pruneops.prune(model, PyramidDrop()) if method is None and way == "pyramiddrop" else nullcontext()
-    with context:
-        assert share_right(model, processor, QUESTIONS) >= least(stated(method)[way], QUESTIONS)
+    candidate, exam = load_candidate(scene_llava_folder(method)), Exam(size=QUESTIONS)
+    for name, share in stated(method).items():
+        way = {"dense": KEEP_ALL, "pyramiddrop": PyramidDrop()}.get(name) if method is None else None
+        assert accuracy(candidate, way, exam=exam).accuracy >= least(share, QUESTIONS), name
 
 
 def test_the_dense_model_says_how_often_it_is_right_with_and_without_pruning() -> None:

@@ -79,7 +79,7 @@ def test_the_tower_learns_places_and_what_patches_show(processor: Any) -> None:
     model, batch = reader(), patches(4, processor)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
-    for _ in range(30):
+    for _ in range(40):
         loss = model(**batch)["loss"]
         optimizer.zero_grad()
         loss.backward()
