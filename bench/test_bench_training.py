@@ -17,12 +17,13 @@ import torch
 
 import pruneops
 from bench import timing
+from pruneops import methods
 from pruneops.methods import PMoD, PyramidDrop
 
 VOCABULARY, VISUAL, TEXT, ANSWER = 512, 576, 64, 8
 ROUNDS = 5
 STOCK, KEEP_ALL = "Hugging Face, SDPA", "ragged, keep all"
-METHODS = {KEEP_ALL: PyramidDrop((), ()), "PyramidDrop": PyramidDrop(), "p-MoD": PMoD()}
+METHODS = {KEEP_ALL: methods.KEEP_ALL, "PyramidDrop": PyramidDrop(), "p-MoD": PMoD()}
 
 
 @lru_cache(maxsize=1)

@@ -1,8 +1,9 @@
 """Makes the folder of a model that ships with pruneops out of one that train_llava.py wrote.
 
-    python examples/ship_llava.py --from runs/dense --to pruneops/assets/scene_llava --figures runs/dense/figures.json
+    python examples/ship_llava.py --from runs/dense --to pruneops/assets/scene_llava --eval bench/results/eval.json
 
-The weights are stored in half precision; loaded, they compute in float32 as they were trained.
+The model card says how often the model is right if `pruneops eval` has asked a model of the source's name. Weights are
+stored in half precision; loaded, they compute in float32 as they were trained.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from pruneops.data import scene_processor
-from pruneops.methods import method_from_dict
+from pruneops.evaluation import Exam
+from pruneops.evaluation.results import Entry
+from pruneops.evaluation.ways import DENSE, OWN
+from pruneops.methods import PyramidDrop, method_from_dict
 from pruneops.models.scene import TRAINING_KEY
 
 NOTE = "trained on rendered pictures of small shapes and signs only; of any other picture its answers mean nothing"
@@ -152,6 +156,41 @@ def _read(source: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return load_file(source / "model.safetensors"), config
 
 
+def figures_of(evaluation: Path, name: str) -> dict[str, Any]:
+    """What `ship` wants to know, as far as `pruneops eval` measured it of the model of a name.
+
+    Of a dense model it is its accuracy unpruned and with PyramidDrop as published, of another that with the method that
+    it was trained with.
+
+    Raises
+    ------
+    ValueError
+        If the file is none of an evaluation, or has nothing of the model.
+    """
+    try:
+        document = json.loads(evaluation.read_text(encoding="utf-8"))
+        entries = [Entry.from_dict(entry) for entry in document["entries"]]
+        exam = Exam(*(document["settings"][key] for key in ("split", "questions", "seed")))
+        trained_with = document["models"].get(name, {}).get("trained_with")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--eval: got {evaluation}, expected an eval.json of `pruneops eval`: {error}") from None
+    ways = {OWN: trained_with["method"]} if trained_with else {DENSE: DENSE, PyramidDrop.name: PyramidDrop.name}
+    found = {
+        ways[entry.way]: entry.tally
+        for entry in entries
+        if entry.model == name and entry.way in ways and entry.keep is None and entry.tally.questions == exam.size
+    }
+    if not found:
+        raise ValueError(f"--eval: {evaluation} has no results of a model {name!r}, expected one evaluated to the end")
+    shares = {method: exam.shares(tally.right) for method, tally in found.items()}
+    kinds = next(iter(shares.values()))
+    return {
+        "questions": exam.size,
+        "accuracy": {method: round(tally.accuracy, 4) for method, tally in found.items()},
+        "templates": {kind: {method: shares[method][kind] for method in shares} for kind in kinds},
+    }
+
+
 def model_card(config: Mapping[str, Any], weights: int, dtype: str, figures: Mapping[str, Any]) -> str:
     """The text of README.md."""
     pruning = config.get("pruning")
@@ -209,9 +248,12 @@ def main() -> None:
         default="float16",
         help="of the stored weights (default: %(default)s)",
     )
-    parser.add_argument("--figures", type=Path, metavar="JSON", help="what was measured: see the docstring of ship()")
+    parser.add_argument("--eval", type=Path, metavar="JSON", help="the eval.json with what was measured of the source")
+    parser.add_argument("--training", metavar="SENTENCE", help="on how it was trained, for the model card")
     options = parser.parse_args()
-    figures = json.loads(options.figures.read_text(encoding="utf-8")) if options.figures else None
+    figures = figures_of(options.eval, options.source.resolve().name) if options.eval else {}
+    if options.training:
+        figures["training"] = options.training
     folder = ship(options.source, options.target, options.dtype, figures)
     size = (folder / "model.safetensors").stat().st_size
     print(f"{folder}: {size / 1e6:.1f} MB of weights")

@@ -38,27 +38,29 @@ from pruneops.data import (
     scene_processor,
     scene_tokenizer,
 )
+from pruneops.data.curriculum import RAMP
 from pruneops.data.glyphs import SHAPES
 from pruneops.data.words import plural
-from pruneops.methods import DynamicLlava, PyramidDrop
+from pruneops.methods import KEEP_ALL
 from pruneops.models import checkpoints
 from pruneops.models.checkpoints.loading import accept_published_names
 from pruneops.training import (
     AlignedLlavaForConditionalGeneration,
     AlignmentCollator,
     Collator,
-    GumbelTemperature,
     PatchReader,
     ReadPictures,
+    match_and_copy,
     patch_accuracy,
 )
 from pruneops.training.conversations import IGNORED
 
 log = logging.getLogger("train_llava")
 STAGES = ("tower", "align", "tune")
-NOTHING_DROPPED = PyramidDrop(layers=(), keep_ratios=())
 #: Pictures of each stage: what it takes on two cores within two hours, all of them together.
-SAMPLES = {"tower": 9600, "align": 14400, "tune": 4800}
+SAMPLES = {"tower": 9600, "align": 9600, "tune": 4800}
+#: Kinds of conversations of each stage.
+KINDS = {"tower": "questions", "align": "questions,references,description,references", "tune": "questions,references"}
 
 
 @dataclass
@@ -87,8 +89,9 @@ class LlavaArguments:
     )
     picture_seed: int = field(default=0, metadata={"help": "seed of the pictures"})
     turns: int = field(default=6, metadata={"help": "questions about a picture, at most"})
-    descriptions: float = field(
-        default=0.125, metadata={"help": "share of the pictures whose only turn is a description"}
+    kinds: str | None = field(
+        default=None,
+        metadata={"help": f"kinds of conversations in turn, one a picture (default: {KINDS})".replace("'", "")},
     )
     passes: int = field(
         default=6, metadata={"help": "align: how often every picture is gone through, as it was read once"}
@@ -96,6 +99,13 @@ class LlavaArguments:
     background_share: float = field(
         default=0.2,
         metadata={"help": "align: share of the empty patches that is shown where everything else is"},
+    )
+    ramp: list[float] = field(
+        default_factory=lambda: list(RAMP),
+        metadata={
+            "help": "align: the shares of the training before which nothing but evidence is shown, and from which on "
+            f"all of a picture may be (default: {RAMP[0]} {RAMP[1]})"
+        },
     )
     train_vision_tower: bool = field(default=False, metadata={"help": "tune: train the tower as well"})
     held_out: int = field(default=256, metadata={"help": "pictures of the validation split to evaluate on"})
@@ -121,7 +131,10 @@ def beginning(arguments: LlavaArguments) -> Any:
     if arguments.model is None:
         if arguments.stage != "tower":
             raise ValueError(f"--model: got none for the stage {arguments.stage}, expected the folder of a model")
-        return PatchReader(scene_llava_config(patch_words=patch_words()))
+        reader = PatchReader(scene_llava_config(patch_words=patch_words()))
+        match_and_copy(reader.model.language_model)
+        one_word_as_many(reader)
+        return reader
     folder = checkpoints.find_folder(arguments.model)
     config = checkpoints.read_config(folder)
     if config.get("model_type") != "llava":
@@ -134,11 +147,13 @@ def beginning(arguments: LlavaArguments) -> Any:
             f"--model: {arguments.model} was trained with {config['pruning']['method']}, expected a dense model"
         )
     if dense:
-        cls = AlignedLlavaForConditionalGeneration if arguments.stage == "align" else LlavaForConditionalGeneration
-        model = cls.from_pretrained(folder)
-        accept_published_names(model)
+        if arguments.stage == "align":
+            model = AlignedLlavaForConditionalGeneration.from_pretrained(folder)
+        else:
+            model = LlavaForConditionalGeneration.from_pretrained(folder)
+            accept_published_names(model)
         # Without padding a step takes less time.
-        pruneops.attach(model, NOTHING_DROPPED)
+        pruneops.attach(model, KEEP_ALL)
     else:
         chosen = {"method": arguments.method, "method_config": arguments.method_config}
         model = train_sft.load_model(train_sft.SftArguments(arguments.model, "", **chosen))
@@ -146,6 +161,14 @@ def beginning(arguments: LlavaArguments) -> Any:
     model.model.vision_tower.requires_grad_(tuned and arguments.train_vision_tower)
     model.model.multi_modal_projector.requires_grad_(tuned)
     return model
+
+
+@torch.no_grad()
+def one_word_as_many(model: Any) -> None:
+    """Begin with one embedding for the word of a shape and that of many: who asks for either means the same patches."""
+    words = model.get_input_embeddings().weight
+    for one, *many in patch_words()["shape"]:
+        words[many] = words[one].clone()
 
 
 def patch_words() -> dict[str, list[list[int]]]:
@@ -164,27 +187,21 @@ def patch_words() -> dict[str, list[list[int]]]:
     return {kind: [named(kind, value) for value in values[1:]] for kind, values in LABELS.items()}
 
 
-def kinds(share: float) -> tuple[str, ...]:
-    """Kinds of samples in turn, so that about this share of them are descriptions."""
-    if not 0 <= share <= 0.5:
-        raise ValueError(f"--descriptions: got {share}, expected a share in [0, 0.5]")
-    return ("questions",) * round(1 / share - 1) + ("description",) if share else ("questions",)
-
-
 def datasets(arguments: LlavaArguments, training: TrainingArguments, processor: Any, model: Any) -> list[Dataset]:
     """Pictures to train on, and others to evaluate on."""
     made: list[Dataset] = []
     size = arguments.samples or SAMPLES[arguments.stage]
+    kinds = (arguments.kinds or KINDS[arguments.stage]).split(",")
     for split, count, passes in (("train", size, arguments.passes), ("validation", arguments.held_out, 1)):
         options = {"seed": arguments.picture_seed, "turns": arguments.turns}
         if arguments.stage == "tower":
             made.append(PatchDataset(Samples(split, count, **options), processor.image_processor))
             continue
-        samples = Samples(split, count, kinds=kinds(arguments.descriptions), **options)
+        samples = Samples(split, count, kinds=kinds, **options)
         if arguments.stage == "tune":
             made.append(SampleDataset(samples, processor))
             continue
-        data = CurriculumDataset(samples, processor, arguments.background_share, passes)
+        data = CurriculumDataset(samples, processor, arguments.background_share, passes, arguments.ramp)
         half = torch.autocast(training.device.type, torch.bfloat16, enabled=training.bf16)
         with half, tqdm(total=count, desc=f"reading pictures, {split}", disable=training.disable_tqdm) as bar:
             made.append(ReadPictures(model.to(training.device), data, progress=bar.update))
@@ -199,9 +216,8 @@ def answer_accuracy(predictions: Any) -> dict[str, float]:
 
 
 def make_trainer(arguments: LlavaArguments, training: LlavaTrainingArguments) -> Trainer:
-    """The stock Trainer for a stage; that of train_sft.py with Dynamic-LLaVA."""
+    """The Trainer of a stage."""
     model = beginning(arguments)
-    dynamic = getattr(model, "pruning_run", None) is not None and isinstance(model.pruning_run.method, DynamicLlava)
     processor = scene_processor()
     processor.tokenizer.padding_side = "right"
     train, held_out = datasets(arguments, training, processor, model)
@@ -212,22 +228,16 @@ def make_trainer(arguments: LlavaArguments, training: LlavaTrainingArguments) ->
     elif arguments.stage == "align":
         collator = AlignmentCollator(model.config.image_token_id, processor.tokenizer.pad_token_id)
         training.train_sampling_strategy = "sequential"  # the curriculum is the order of the samples
-    log.info("%d samples, %.3f million trained weights", len(train), trained_weights(model) / 1e6)
-    return (train_sft.SftTrainer if dynamic else Trainer)(
-        model=model,
-        args=training,
-        train_dataset=train,
+    return train_sft.trainer_for(
+        model,
+        training,
+        train,
         eval_dataset=held_out,
         data_collator=collator,
         processing_class=processor,
-        callbacks=[GumbelTemperature()] if dynamic else None,
         compute_metrics=patch_accuracy if arguments.stage == "tower" else answer_accuracy,
         preprocess_logits_for_metrics=best_of_each,
     )
-
-
-def trained_weights(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def best_of_each(logits: Any, labels: Any) -> Any:

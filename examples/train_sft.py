@@ -149,6 +149,17 @@ class SftTrainer(Trainer):
         return super().create_optimizer(model)
 
 
+def trainer_for(model: Any, training: TrainingArguments, train_dataset: Any, **settings: Any) -> Trainer:
+    """The stock Trainer; for Dynamic-LLaVA one with the learning rates and falling temperature of its predictors."""
+    pruning = getattr(model, "pruning_run", None)
+    dynamic = pruning is not None and isinstance(pruning.method, DynamicLlava)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    log.info("%d samples, %.3f million trained weights", len(train_dataset), trained / 1e6)
+    callbacks = [GumbelTemperature()] if dynamic else None
+    cls = SftTrainer if dynamic else Trainer
+    return cls(model=model, args=training, train_dataset=train_dataset, callbacks=callbacks, **settings)
+
+
 def begin(training: TrainingArguments) -> None:
     """Logs of the first process, and the seed."""
     logging.basicConfig(level=logging.INFO if training.process_index == 0 else logging.WARNING, stream=sys.stderr)
@@ -177,19 +188,8 @@ def main(command_line: Sequence[str] | None = None) -> Trainer:
     processor.tokenizer.padding_side = "right"
     dataset = LlavaDataset(arguments.data, processor, arguments.image_folder, arguments.max_length)
     model = load_model(arguments)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("method: %s", "dense" if model.pruning_run is None else model.pruning_run.method)
-    log.info("%d samples, %.3f million trained weights", len(dataset), trained / 1e6)
-
-    dynamic = model.pruning_run is not None and isinstance(model.pruning_run.method, DynamicLlava)
-    trainer = (SftTrainer if dynamic else Trainer)(
-        model=model,
-        args=training,
-        train_dataset=dataset,
-        data_collator=Collator(processor),
-        processing_class=processor,
-        callbacks=[GumbelTemperature()] if dynamic else None,
-    )
+    trainer = trainer_for(model, training, dataset, data_collator=Collator(processor), processing_class=processor)
     run(trainer)
     return trainer
 

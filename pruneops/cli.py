@@ -220,6 +220,8 @@ def _run(options: argparse.Namespace) -> int:
     for path in filter(None, (picture_path, options.json)):
         _make_writable(path)
     with progress.step("starting torch and transformers"):
+        from pruneops.methods import KEEP_ALL
+
         method_for = run_inputs.method_for(options)
         _quiet_libraries(keep_bars=options.model is not None and not options.quiet)
     with progress.step("loading the model"):
@@ -230,7 +232,7 @@ def _run(options: argparse.Namespace) -> int:
     ways: dict[str, PruningMethod | None] = {}
     if method is None:
         method = method_for(loaded.depth)
-        ways = {"stock": None, "dense": run_inputs.dense_method()}
+        ways = {"stock": None, "dense": KEEP_ALL}
     ways["pruned"] = method
     inputs = media.prepare(loaded, questions, opened)
     answers: dict[str, Answer] = {}

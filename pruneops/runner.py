@@ -312,20 +312,15 @@ def is_right(text: str, truth: str) -> bool:
 
 def prepare(loaded: Loaded, questions: Sequence[Question], images: Sequence[Image]) -> Inputs:
     """One batch from all questions: a chat prompt with one image each, left-padded, on the model's device."""
+    from pruneops.models.checkpoints.processor import chat_prompt
+
     processor = loaded.processor
-    prompts = [_chat_prompt(processor, question.prompt) for question in questions]
+    prompts = [chat_prompt(processor, question.prompt) for question in questions]
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     features = processor(images=list(images), text=prompts, padding=True, return_tensors="pt")
     features = features.to(loaded.model.device, loaded.model.dtype)
     return Inputs(features, list(images), loaded.model.config.image_token_id)
-
-
-def _chat_prompt(processor: Any, prompt: str) -> str:
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return f"USER: {processor.image_token}\n{prompt} ASSISTANT:"
 
 
 def answer(

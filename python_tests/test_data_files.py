@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from pruneops.cli import BAD_INPUT, OK, main
-from pruneops.data import SampleDataset, Samples, export, scene_processor
+from pruneops.data import KINDS, SampleDataset, Samples, export, scene_processor
 from pruneops.data.export import write_atomically
 from pruneops.training import LlavaDataset
 
@@ -34,7 +34,7 @@ def test_a_folder_has_pictures_conversations_and_settings(tmp_path: Path) -> Non
     assert not [name for name in files(tmp_path) if name.endswith(".part")]
 
 
-@pytest.mark.parametrize("kind", ["questions", "description", "clip"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_files_train_as_the_samples_do(tmp_path: Path, kind: str) -> None:
     """What `train_sft.py` reads of the folder is what `SampleDataset` makes without one."""
     samples = Samples("train", 2, kinds=[kind])
@@ -123,7 +123,7 @@ def test_the_command_shows_pictures_with_questions_and_answers(
     ("arguments", "message"),
     [
         (["show", "--out", "sheet.gif"], "--out must be a file ending in .png, got sheet.gif"),
-        (["show", "--kinds", "film"], "kinds must be a sequence of some of questions, description, clip"),
+        (["show", "--kinds", "film"], "kinds must be a sequence of some of questions, description, references, clip"),
         (["show", "--patch-size", "4"], "patch_size must be from 8 to 32 pixels, got 4"),
         (["write", "OUT", "--size", "1", "--split", "dev"], "split must be one of train, validation, test, got 'dev'"),
     ],
@@ -139,4 +139,4 @@ def test_help_names_the_kinds_and_what_is_written(capsys: pytest.CaptureFixture[
         with pytest.raises(SystemExit, match="0"):
             main(["data", command, "--help"])
         printed = capsys.readouterr().out
-        assert words in printed and "questions, description, clip" in " ".join(printed.split())
+        assert words in printed and "questions, description, references (" in " ".join(printed.split())

@@ -10,9 +10,9 @@ import pytest
 
 from pruneops.data import CLIP_TEMPLATES, TEMPLATES, Question, Samples, scene_tokenizer
 from pruneops.data.clip import clip_questions, draw_clip
-from pruneops.data.questions import conversation, description, questions
+from pruneops.data.questions import conversation, description, questions, references
 from pruneops.data.scene import draw_scene
-from pruneops.data.words import DIRECTIONS
+from pruneops.data.words import COLOUR_NAMES, DIRECTIONS
 
 SHORT = {name for name in TEMPLATES if name != "description"}
 SEEN, HELD_OUT = 3000, 1500
@@ -90,7 +90,7 @@ def test_answers_are_what_is_in_the_scene() -> None:
     for number in range(300):
         scene = draw_scene(f"answers {number}")
         shapes = scene.shapes
-        for question in questions(scene):
+        for question in (*questions(scene), *references(scene)):
             words, answer = question.text.rstrip("?").split(), question.answer
             match question.template:
                 case "colour":
@@ -98,7 +98,9 @@ def test_answers_are_what_is_in_the_scene() -> None:
                 case "shape":
                     assert [thing.shape for thing in shapes if thing.colour == words[-2]] == [answer]
                 case "where":
-                    assert [thing.region() for thing in shapes if thing.shape == words[-1]] == [answer]
+                    colours = set(words) & set(COLOUR_NAMES)
+                    same = [thing for thing in shapes if thing.shape == words[-1]]
+                    assert [thing.region() for thing in same if not colours or thing.colour in colours] == [answer]
                 case "text":
                     signs = [s for s in scene.signs if len(scene.signs) == 1 or s.colour == words[-2]]
                     assert [sign.text for sign in signs] == [answer]
@@ -115,6 +117,19 @@ def test_answers_are_what_is_in_the_scene() -> None:
                     right, down = DIRECTIONS[direction]
                     place = anchor.x + 24 * right, anchor.y + 24 * down
                     assert [thing.name for thing in shapes if (thing.x, thing.y) == place] == [answer]
+
+
+def test_references_are_short_questions_about_everything_that_can_be_named() -> None:
+    for number in range(150):
+        scene = draw_scene(f"references {number}")
+        asked = references(scene)
+        about = [question.evidence for question in asked if question.template in ("colour", "shape", "where")]
+        assert len(about) == len(set(about)) and {question.template for question in asked} <= SHORT
+        names = Counter(thing.name for thing in scene.shapes)
+        assert sum(count == 1 for count in names.values()) <= len(about) < len(scene.things)
+        assert {number for question in asked if question.template == "text" for number in question.evidence} == {
+            number for number, thing in enumerate(scene.things) if thing.text
+        }
 
 
 def _singular(word: str) -> str:

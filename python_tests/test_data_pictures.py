@@ -32,10 +32,11 @@ def digest(kind: str, patch_size: int) -> str:
 @pytest.mark.parametrize(
     ("kind", "patch_size", "expected"),
     [
-        ("questions", 8, "182d6a73ce99f9e3"),
-        ("questions", 14, "e38efa5345d6ba40"),
-        ("description", 8, "ecbbc1d9bfbf4107"),
-        ("clip", 8, "65416e269aa982bb"),
+        ("questions", 8, "b383dd2ae8010a0d"),
+        ("questions", 14, "4f60de353bde50a5"),
+        ("description", 8, "0ea4ba7b80f7eb8d"),
+        ("references", 8, "daf0e3f5e5ef7d90"),
+        ("clip", 8, "c87a7edf1deabfb5"),
     ],
 )
 def test_the_same_seed_gives_the_same_bytes_on_every_machine(kind: str, patch_size: int, expected: str) -> None:
@@ -72,6 +73,15 @@ def test_a_thing_takes_one_or_two_of_576_patches() -> None:
     assert sum(counts) / len(SCENES) < 40  # of a scene's 576
 
 
+def test_a_shape_can_be_known_from_one_patch() -> None:
+    for scene in SCENES:
+        for thing in scene.shapes:
+            shares = sorted(covered(thing).values())
+            assert shares[-1] >= 48 and sum(shares) == 64
+        labelled = int((patch_labels(scene.things)["shape"] > 0).sum())
+        assert labelled == len(scene.shapes) + 2 * len(scene.signs)
+
+
 def test_nothing_is_painted_over_a_thing() -> None:
     for scene in SCENES[:5]:
         picture = render(scene.key, scene.things, 8)
@@ -102,7 +112,7 @@ def test_every_patch_of_the_background_is_busy() -> None:
     assert (bare > np.quantile(full[things], 0.25)).sum() > things.sum()
 
 
-def test_labels_name_what_covers_a_quarter_of_a_patch_and_skip_slivers() -> None:
+def test_labels_name_what_covers_more_than_a_quarter_of_a_patch_and_skip_slivers() -> None:
     things = [Thing("red", "circle", 8, 8), Thing("blue", "ring", 41, 8), Thing("white", "sign", 8, 32, "goba")]
     labels = patch_labels(things)
     named = {
@@ -125,9 +135,9 @@ def test_the_evidence_of_an_answer_is_few_patches_or_many() -> None:
             patches = sample.evidence(number)
             assert patches == sorted(set(patches)) and all(0 <= patch < GRID * GRID for patch in patches)
             found.setdefault(turn.template, []).append(len(patches))
-    assert all(max(found[name]) <= 2 for name in ("colour", "shape", "where", "text"))
-    assert max(found["beside"]) <= 4
-    assert sum(found["most"]) / len(found["most"]) > 12
+    needed = {"colour": 1, "shape": 1, "where": 1, "text": 2, "beside": 2}
+    assert all(set(found[name]) == {count} for name, count in needed.items())
+    assert sum(found["most"]) / len(found["most"]) > 9
     with pytest.raises(ValueError, match="got the clip 0-test-0000000, expected a picture"):
         Samples("test", 1, kinds=["clip"])[0].evidence(0)
 
@@ -178,7 +188,7 @@ def test_a_sheet_shows_every_sample_with_its_questions() -> None:
         ({"frames": 5}, ValueError, "frames must be at least 6, got 5"),
         ({"patch_size": 7}, ValueError, "patch_size must be from 8 to 32 pixels, got 7"),
         ({"patch_size": "8"}, TypeError, "patch_size must be an int, got '8'"),
-        ({"kinds": "clip"}, ValueError, "kinds must be a sequence of some of questions, description, clip, got 'clip'"),
+        ({"kinds": "clip"}, ValueError, "kinds must be a sequence of some of .*, clip, got 'clip'"),
         ({"kinds": ["film"]}, ValueError, r"kinds must be .*, got \['film'\]"),
     ],
 )

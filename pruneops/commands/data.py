@@ -77,8 +77,8 @@ def _add_options(parser: argparse.ArgumentParser, split: str, turns: int) -> Non
         "--kinds",
         default="questions",
         metavar="A,B,...",
-        help="questions, description, clip: taken in turn; one that is named twice occurs twice as often "
-        "(default: %(default)s)",
+        help="questions, description, references (short questions about everything in a picture), clip: taken in turn; "
+        "one that is named twice occurs twice as often (default: %(default)s)",
     )
     parser.add_argument(
         "--turns", type=positive, default=turns, metavar="N", help="questions a picture at most (default: %(default)s)"

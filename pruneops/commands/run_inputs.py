@@ -112,11 +112,6 @@ def _method(name: str, fields: dict[str, Any]) -> PruningMethod:
     return method_from_dict({"method": name, **fields})
 
 
-def dense_method() -> PruningMethod:
-    """Drops nothing: the ragged decoder alone."""
-    return _method("pyramiddrop", {"layers": (), "keep_ratios": ()})
-
-
 def method_for(options: argparse.Namespace) -> Callable[[int], PruningMethod]:
     """The method that was asked for, for a model of a given depth; says at once what is wrong at any depth."""
     name = options.method or ("prunevid" if options.video else "pyramiddrop")

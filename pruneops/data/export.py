@@ -63,7 +63,7 @@ def export(samples: Samples, folder: str | os.PathLike, progress: Callable[[int,
 
 def _agree_on_settings(samples: Samples, path: Path) -> None:
     """All but the size, which may grow: sample i does not depend on it."""
-    names = ("seed", "kinds", "turns", "patch_size", "frames")
+    names = ("seed", "kinds", "turns", "patch_size", "frames", "drawing")
     settings: dict[str, Any] = {name: getattr(samples, name) for name in names}
     settings["kinds"] = list(samples.kinds)
     if not path.exists():

@@ -32,13 +32,18 @@ def covered(thing: Thing) -> dict[tuple[int, int], int]:
     return shares
 
 
+def _shows(share: int) -> bool:
+    """Whether a patch covered so far, in 64ths, shows what covers it."""
+    return 4 * share > UNIT * UNIT
+
+
 def patch_labels(things: Sequence[Thing], grid: int = GRID) -> dict[str, np.ndarray]:
     """For each kind of `LABELS` the number of what each patch shows.
 
     Returns
     -------
     dict of str to ndarray
-        ``(grid, grid)`` int64 each, rows downwards. A patch is labelled with a thing whose box covers at least a
+        ``(grid, grid)`` int64 each, rows downwards. A patch is labelled with a thing whose box covers more than a
         quarter of it; with less it is `IGNORED`. The text of a patch is the syllable in it. Every patch has a region.
     """
     labels = {name: np.zeros((grid, grid), dtype=np.int64) for name in LABELS}
@@ -49,15 +54,15 @@ def patch_labels(things: Sequence[Thing], grid: int = GRID) -> dict[str, np.ndar
         for (row, column), share in covered(thing).items():
             text = thing.text[2 * (column - first) :][:2] or "background"
             for name, value in (("shape", thing.shape), ("colour", thing.colour), ("text", text)):
-                labels[name][row, column] = LABELS[name].index(value) if 4 * share >= UNIT * UNIT else IGNORED
+                labels[name][row, column] = LABELS[name].index(value) if _shows(share) else IGNORED
     return labels
 
 
 def evidence_patches(things: Sequence[Thing], evidence: Sequence[int], grid: int = GRID) -> list[int]:
-    """Numbers, row by row and ascending, of the patches that the given things cover a quarter of or more."""
+    """Numbers, row by row and ascending, of the patches that the given things cover more than a quarter of."""
     return sorted(
         row * grid + column
         for index in evidence
         for (row, column), share in covered(things[index]).items()
-        if 4 * share >= UNIT * UNIT
+        if _shows(share)
     )

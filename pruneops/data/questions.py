@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pruneops.data.draws import Draws
+from pruneops.data.glyphs import SHAPES
 from pruneops.data.scene import CELL, Scene, Thing
 from pruneops.data.words import plural
 
@@ -65,14 +67,16 @@ def questions(scene: Scene) -> list[Question]:
     return asked + _counts(scene)
 
 
+def _count(things: Sequence[Thing], colour: str | None, shape: str) -> Question:
+    """How many things of a shape there are, of one colour or, with None, of any."""
+    found = tuple(i for i, thing in enumerate(things) if thing.shape == shape and colour in (None, thing.colour))
+    kind, named = ("count", f"{colour} {plural(shape)}") if colour else ("count_shape", plural(shape))
+    return Question(kind, f"How many {named} are there?", str(len(found)), found)
+
+
 def _counts(scene: Scene) -> list[Question]:
     things, (colour, shape) = scene.things, scene.plan.crowd
-    alike = tuple(index for index, thing in enumerate(things) if thing.shape == shape)
-    crowd = tuple(index for index in alike if things[index].colour == colour)
-    asked = [
-        Question("count", f"How many {colour} {plural(shape)} are there?", str(len(crowd)), crowd),
-        Question("count_shape", f"How many {plural(shape)} are there?", str(len(alike)), alike),
-    ]
+    asked = [_count(things, colour, shape), _count(things, None, shape)]
     (most, first), (_, second) = Counter(thing.colour for thing in scene.shapes).most_common(2)
     if first - second >= 2:
         everything = tuple(index for index, thing in enumerate(things) if thing.shape != "sign")
@@ -102,16 +106,48 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def conversation(scene: Scene, turns: int) -> list[Question]:
-    """Up to `turns` questions in random order: one of a kind, and one at most of those that give each other away."""
-    draws = Draws(scene.key, "conversation")
-    chosen: list[Question] = []
-    for question in draws.shuffled(questions(scene)):
-        kinds = {_kind(other) for other in chosen}
-        if len(chosen) < turns and _kind(question) not in kinds:
-            chosen.append(question)
-    return chosen
+def conversation(scene: Scene, turns: int, drawing: int = 0) -> list[Question]:
+    """Up to `turns` questions in random order: one of a kind, and one at most of those that give each other away.
+
+    Every `drawing` is another choice and order.
+    """
+    draws = _draws(scene, "conversation", drawing)
+    kinds: dict[str, list[Question]] = defaultdict(list)
+    for question in questions(scene):
+        kinds["counting" if question.template in _RELATED else question.template].append(question)
+    return [draws.choice(kinds[kind]) for kind in draws.shuffled(tuple(kinds))[:turns]]
 
 
-def _kind(question: Question) -> str:
-    return "counting" if question.template in _RELATED else question.template
+def _draws(scene: Scene, purpose: str, drawing: int) -> Draws:
+    return Draws(scene.key, purpose, *([drawing] if drawing else []))
+
+
+def references(scene: Scene, drawing: int = 0) -> list[Question]:
+    """Short questions about everything that can be named without mistake, in random order.
+
+    They are those of `conversation` and their like, several times as many, so that a model looks up and counts more in
+    every picture that it is trained on. A thing is asked about once, but for the anchor and its neighbours, so that
+    hardly an answer stands in the words of another question. Every `drawing` is another choice and order.
+    """
+    draws, things = _draws(scene, "references", drawing), scene.things
+    names, shapes = Counter(thing.name for thing in things), Counter(thing.shape for thing in things)
+    colours = Counter(thing.colour for thing in scene.shapes)
+    asked = [question for question in questions(scene) if question.template in ("beside", "text")]
+    for index, thing in enumerate(things):
+        if thing.text:
+            continue
+        possible = []
+        if shapes[thing.shape] == 1:
+            possible.append(Question("where", f"Where is the {thing.shape}?", thing.region(), (index,)))
+            possible.append(Question("colour", f"What colour is the {thing.shape}?", thing.colour, (index,)))
+        elif names[thing.name] == 1:
+            possible.append(Question("where", f"Where is the {thing.name}?", thing.region(), (index,)))
+        if colours[thing.colour] == 1:
+            possible.append(Question("shape", f"What shape is the {thing.colour} object?", thing.shape, (index,)))
+        if possible:
+            asked.append(draws.choice(possible))
+    colour, shape = scene.plan.crowd
+    kinds = [(colour, shape), *((thing.colour, thing.shape) for thing in draws.shuffled(scene.shapes)[:2])]
+    asked += [_count(things, *kind) for kind in dict.fromkeys(kinds)]
+    asked += [_count(things, None, kind) for kind in {shape: None, **dict.fromkeys(draws.shuffled(SHAPES)[:3])}]
+    return draws.shuffled(asked)

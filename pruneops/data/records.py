@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -63,12 +65,14 @@ class SampleDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = self.samples[index]
+        return self._encoded(sample, index, sample.pictures)
+
+    def _encoded(self, sample: Sample, index: int, pictures: Sequence[np.ndarray]) -> dict[str, Tensor]:
         from PIL import Image
 
-        sample = self.samples[index]
-        pictures = [Image.fromarray(picture) for picture in sample.pictures]
         conversation = Conversation.from_record(record(sample), index)
-        return encode(conversation, pictures, self._processor, self._max_length)
+        return encode(conversation, list(map(Image.fromarray, pictures)), self._processor, self._max_length)
 
 
 class PatchDataset(Dataset):

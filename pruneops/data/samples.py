@@ -10,13 +10,14 @@ import numpy as np
 
 from pruneops.data.clip import CLIP_GRID, FRAMES, Clip, clip_conversation, draw_clip, render_clip
 from pruneops.data.labels import evidence_patches, patch_labels
-from pruneops.data.questions import Question, conversation, description
+from pruneops.data.questions import Question, conversation, description, references
 from pruneops.data.render import check_patch_size, render
 from pruneops.data.scene import GRID, Scene, draw_scene
 
 SPLITS = ("train", "validation", "test")
-#: What a sample's conversation is: several short questions about a picture, its description, or questions about a clip.
-KINDS = ("questions", "description", "clip")
+#: What a sample's conversation is: several short questions about a picture, its description, questions about everything
+#: in it, or questions about a clip.
+KINDS = ("questions", "description", "references", "clip")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Sample:
     ----------
     name : str
         Unique in the data set: seed, split and number.
+    kind : str
+        One of `KINDS`.
     source : Scene or Clip
     turns : tuple of Question
     patch_size : int
@@ -34,16 +37,10 @@ class Sample:
     """
 
     name: str
+    kind: str
     source: Scene | Clip
     turns: tuple[Question, ...]
     patch_size: int
-
-    @property
-    def kind(self) -> str:
-        """One of `KINDS`."""
-        if isinstance(self.source, Clip):
-            return "clip"
-        return "description" if self.turns[0].template == "description" else "questions"
 
     @property
     def grid(self) -> int:
@@ -91,11 +88,14 @@ class Samples(Sequence[Sample]):
     kinds : sequence of str
         Of `KINDS`; sample i is of kind ``kinds[i % len(kinds)]``, so a kind that is named twice occurs twice as often.
     turns : int
-        Questions in a conversation at most; a picture has up to 6 of different kinds, a clip 3, a description is one.
+        Questions in a conversation at most; a picture has up to 6 of different kinds, a clip 3, a description is one,
+        and references are as many as there are.
     patch_size : int
         Pixels along a side of a patch, 8 to 32. Pictures are 24 and frames of clips 12 patches wide.
     frames : int
         Of a clip, at least 6.
+    drawing : int
+        Not negative; samples of another drawing have the same pictures and other questions about them.
 
     Raises
     ------
@@ -113,10 +113,18 @@ class Samples(Sequence[Sample]):
         turns: int = 4,
         patch_size: int = 8,
         frames: int = FRAMES,
+        drawing: int = 0,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-        for name, value, least in (("size", size, 1), ("seed", seed, 0), ("turns", turns, 1), ("frames", frames, 6)):
+        numbers = (
+            ("size", size, 1),
+            ("seed", seed, 0),
+            ("turns", turns, 1),
+            ("frames", frames, 6),
+            ("drawing", drawing, 0),
+        )
+        for name, value, least in numbers:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value < least:
@@ -124,7 +132,7 @@ class Samples(Sequence[Sample]):
         if isinstance(kinds, str) or not kinds or any(kind not in KINDS for kind in kinds):
             raise ValueError(f"kinds must be a sequence of some of {', '.join(KINDS)}, got {kinds!r}")
         self.split, self.size, self.seed = split, size, seed
-        self.kinds, self.turns, self.frames = tuple(kinds), turns, frames
+        self.kinds, self.turns, self.frames, self.drawing = tuple(kinds), turns, frames, drawing
         self.patch_size = check_patch_size(patch_size)
 
     def __len__(self) -> int:
@@ -144,8 +152,20 @@ class Samples(Sequence[Sample]):
             asked = clip_conversation(source, self.turns)
         else:
             source = draw_scene(key)
-            asked = [description(source)] if kind == "description" else conversation(source, self.turns)
-        return Sample(key, source, tuple(asked), self.patch_size)
+            asked = self._asked(kind, source)
+        return Sample(key, kind, source, tuple(asked), self.patch_size)
+
+    def _asked(self, kind: str, scene: Scene) -> list[Question]:
+        if kind == "description":
+            return [description(scene)]
+        if kind == "references":
+            return references(scene, self.drawing)
+        return conversation(scene, self.turns, self.drawing)
+
+    def drawn_again(self, drawing: int) -> Samples:
+        """The same pictures with the questions of a later drawing, 0: the same samples."""
+        options = {name: getattr(self, name) for name in ("seed", "kinds", "turns", "patch_size", "frames")}
+        return Samples(self.split, self.size, **options, drawing=self.drawing + drawing)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(self.size))

@@ -15,6 +15,8 @@ CELL = 3
 _CELLS = GRID // CELL
 # The cells of each third of the picture that are clearly inside of it.
 _CLEARLY = ((0, 1), (3, 4), (6, 7))
+# In eighths of a patch. Three quarters of a shape are in one patch, so that one patch is enough to know it.
+_OFF = (1, 2, 6, 7, 8, 9, 10, 14)
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Thing:
         ``shape`` is "sign" for a sign.
     x, y : int
         Its left upper corner in eighths of a patch. One of them at least is a multiple of 8, so that a shape lies in
-        one patch or in two.
+        one patch or in two; in a picture, but not in a clip, at most a quarter of it lies in the second.
     text : str
         What is written on a sign.
     tint : (int, int, int)
@@ -163,9 +165,10 @@ def draw_scene(key: str) -> Scene:
 
 
 def draw_offset(draws: Draws) -> tuple[int, int]:
-    """Where in its cell a shape lies, in eighths of a patch: in line with the patches across or down."""
-    straddling, aligned = draws.between(1, 2 * UNIT - 2), UNIT * draws.below(2)
-    return (straddling, aligned) if draws.below(2) else (aligned, straddling)
+    """Where in its cell a shape lies, in eighths of a patch: in line with the patches across or down, and off by up to
+    a quarter of a patch the other way."""
+    off, aligned = draws.choice(_OFF), UNIT * draws.below(2)
+    return (off, aligned) if draws.below(2) else (aligned, off)
 
 
 def placed(

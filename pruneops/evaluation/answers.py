@@ -13,8 +13,7 @@ import pruneops
 from pruneops.evaluation.candidate import Candidate
 from pruneops.evaluation.exam import Exam
 from pruneops.evaluation.tally import Tally
-from pruneops.evaluation.ways import KEEP_ALL
-from pruneops.methods import PruningMethod
+from pruneops.methods import KEEP_ALL, PruningMethod
 
 if TYPE_CHECKING:
     from pruneops.report import Report

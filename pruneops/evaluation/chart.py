@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pruneops.data.export import write_atomically
 from pruneops.evaluation.results import Entry, Results
-from pruneops.evaluation.ways import BLANK, DENSE, OWN
+from pruneops.evaluation.ways import BLANK, DENSE
 
 # The first seven are distinguishable with the common kinds of colour blindness (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -73,7 +73,7 @@ def _lines(results: Results, entries: Sequence[Entry], rows: int | None) -> list
             points.append((100 * x, 100 * entry.tally.accuracy, *(100 * end for end in entry.tally.interval)))
     lines, several = [], len(results.models) > 1
     for number, ((model, way), points) in enumerate(grouped.items()):
-        name = f"own, {results.models[model]['trained_with']['method']}" if way == OWN else way
+        name = results.shown_way(model, way)
         dashed = way.startswith("random")
         colour = COLOURS[number % len(COLOURS)]
         lines.append(Line(f"{model}: {name}" if several else name, colour, dashed, sorted(points)))

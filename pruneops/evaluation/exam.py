@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pruneops.data import Question, Samples
+from pruneops.models.checkpoints.processor import chat_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,6 +64,12 @@ class Exam:
             answers[question.template][question.answer] += 1
         return sum(max(counted.values()) for counted in answers.values())
 
+    def shares(self, right: str) -> dict[str, float]:
+        """Share of right answers by the kind of question, of a tally of all questions; ``"1"`` is right."""
+        asked = Counter(question.template for question in self.questions)
+        good = Counter(q.template for q, answer in zip(self.questions, right, strict=True) if answer == "1")
+        return {kind: good[kind] / asked[kind] for kind in sorted(asked)}
+
     def longest_answer(self, tokenizer: Any, numbers: Sequence[int]) -> int:
         """Tokens of the longest true answer to some questions, its end included."""
         return 1 + max(len(tokenizer.tokenize(f" {self.questions[number].answer}")) for number in numbers)
@@ -85,11 +92,5 @@ class Exam:
         for number in numbers:
             picture = self.samples[number].pictures[0]
             pictures.append(Image.fromarray(np.full_like(picture, 128) if blank else picture))
-        prompts = [prompt(processor, self.questions[number].text) for number in numbers]
+        prompts = [chat_prompt(processor, self.questions[number].text) for number in numbers]
         return processor(images=pictures, text=prompts, padding=True, padding_side="left", return_tensors="pt")
-
-
-def prompt(processor: Any, question: str) -> str:
-    """A question about a picture in the words of the processor's chat template."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

@@ -11,7 +11,7 @@ from typing import Any
 from pruneops.data.export import write_atomically
 from pruneops.evaluation.candidate import Candidate
 from pruneops.evaluation.tally import Tally
-from pruneops.evaluation.ways import DENSE, STOCK, WAYS, Cell
+from pruneops.evaluation.ways import DENSE, OWN, STOCK, WAYS, Cell
 
 FILE = "eval.json"
 
@@ -115,6 +115,10 @@ class Results:
             at = Entry(model, way, keep, method)
             self.entries.append(at)
         return at
+
+    def shown_way(self, model: str, way: str) -> str:
+        """What to call a way of running a model: of its own method, with the name."""
+        return f"own, {self.models[model]['trained_with']['method']}" if way == OWN else way
 
     def in_order(self) -> list[Entry]:
         """The entries by model, way and budget."""

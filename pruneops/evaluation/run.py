@@ -16,8 +16,8 @@ from pruneops.evaluation.exam import Exam
 from pruneops.evaluation.results import Entry, Results
 from pruneops.evaluation.tables import write_tables
 from pruneops.evaluation.timing import NEW_TOKENS, clock, compare
-from pruneops.evaluation.ways import KEEP_ALL, WAYS, Cell, cells_of, check_budgets, check_ways
-from pruneops.methods import PruningMethod
+from pruneops.evaluation.ways import WAYS, Cell, cells_of, check_budgets, check_ways
+from pruneops.methods import KEEP_ALL, PruningMethod
 
 Say = Callable[[str], None]
 
@@ -109,7 +109,8 @@ def evaluate(
     results = Results(out, plan.settings())
     results.about = {"command": command, "revision": revision(), "versions": versions()}
     results.about["date"] = time.strftime("%Y-%m-%d")
-    results.about["constant_score"] = plan.exam().constant_score
+    exam = plan.exam()
+    results.about["constant_score"] = exam.constant_score
     cells: dict[str, list[Cell]] = {}
     for candidate in candidates:
         results.add_model(candidate)
@@ -122,7 +123,7 @@ def evaluate(
     for candidate in candidates:
         _ask(candidate, cells[candidate.name], plan, results, say)
     _time(candidates, cells, plan, results, say)
-    write_tables(results, plan.exam(), out / "eval.md")
+    write_tables(results, exam, out / "eval.md")
     draw_chart(results, out / "eval.svg")
     return results
 

@@ -95,11 +95,8 @@ def _templates(results: Results, exam: Exam) -> Iterator[str]:
     for entry in results.in_order():
         tally = entry.tally
         if tally.questions == exam.size:
-            kinds = [question.template for question in exam.questions]
-            right = Counter(kind for kind, answer in zip(kinds, tally.right, strict=True) if answer == "1")
-            yield _row(
-                entry.model, *_way(results, entry), *(f"{100 * right[name] / counts[name]:.1f}" for name in names)
-            )
+            shares = exam.shares(tally.right)
+            yield _row(entry.model, *_way(results, entry), *(f"{100 * shares[name]:.1f}" for name in names))
     widest = max(counts.values()), min(counts.values())
     half = [50 * (high - low) for low, high in (wilson_interval(n // 2, n) for n in widest)]
     yield from ("", f"Per cent; 95 % intervals are at most ± {half[0]:.1f} to ± {half[1]:.1f} wide, by kind.", "")
@@ -128,14 +125,11 @@ def _times(results: Results) -> Iterator[str]:
 
 def _way(results: Results, entry: Entry) -> tuple[str, str]:
     """Method and budget as they are shown."""
-    name = entry.way
-    if entry.way == OWN:
-        name = f"own, {results.models[entry.model]['trained_with']['method']}"
     if entry.keep is not None:
         budget = f"{entry.keep:.3g}"
     else:
         budget = "-" if entry.way in (STOCK, "dense", "blank") else "trained" if entry.way == OWN else "published"
-    return name, budget
+    return results.shown_way(entry.model, entry.way), budget
 
 
 def _ratio(ratio: float, spread: Sequence[float]) -> str:

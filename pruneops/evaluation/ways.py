@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 
 from pruneops.analysis.budget import average_tokens, solve_keep_ratios
 from pruneops.evaluation.candidate import Candidate
-from pruneops.methods import AveragePool, DynamicLlava, PMoD, PruningMethod, PyramidDrop, RandomDrop
+from pruneops.methods import KEEP_ALL, AveragePool, DynamicLlava, PMoD, PruningMethod, PyramidDrop, RandomDrop
 from pruneops.methods.staged_drop import StagedDrop
 
-#: Prunes nothing: the ragged decoder alone.
-KEEP_ALL = PyramidDrop((), ())
 #: Patches that are averaged, and so the budgets of what is done before the decoder.
 POOLS = ((1, 2), (2, 2), (3, 3))
 DENSE, BLANK, STOCK, OWN = "dense", "blank", "stock", "own"

@@ -66,6 +66,10 @@ class PyramidDrop(StagedDrop):
         return _rank(batch, layer, state, rows)
 
 
+#: Drops nothing: the ragged decoder alone.
+KEEP_ALL = PyramidDrop(layers=(), keep_ratios=())
+
+
 def _rank(batch: RaggedBatch, layer: nn.Module, state: DecoderState, ranked: list[int]) -> Tensor:
     """``(total,)`` float32: attention of the query tokens to each token of the ranked rows; 0 in other rows.
 

@@ -5,6 +5,7 @@ from pruneops.training.collate import Collator
 from pruneops.training.conversations import Conversation, Turn, encode, render
 from pruneops.training.dataset import LlavaDataset
 from pruneops.training.dynamic_llava import GumbelTemperature, parameter_groups
+from pruneops.training.initialisation import match_and_copy
 from pruneops.training.tower import PatchReader, patch_accuracy
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ReadPictures",
     "Turn",
     "encode",
+    "match_and_copy",
     "parameter_groups",
     "patch_accuracy",
     "render",

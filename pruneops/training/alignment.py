@@ -28,8 +28,8 @@ class ReadPictures(Dataset):
     model : LlavaForConditionalGeneration
         Its tower and projector read the pictures.
     data : CurriculumDataset
-        Or another whose entries ``i``, ``i + pictures``, ... are of the same picture and conversation, and that has
-        ``samples``, one for each of the pictures, and ``shown``.
+        Or another whose entries ``i``, ``i + pictures``, ... are of the same picture, and that has ``samples``, one for
+        each of the pictures, ``text`` and ``shown``.
     batch_size : int
         Pictures that are read at a time.
     progress : callable, optional
@@ -40,17 +40,15 @@ class ReadPictures(Dataset):
         self, model: Any, data: Any, batch_size: int = 16, progress: Callable[[int], object] | None = None
     ) -> None:
         self._data, self._pictures = data, len(data.samples)
-        self._text: list[dict[str, Tensor]] = []
         self._features: Any = None
         for start in range(0, self._pictures, batch_size):
             read = [data[index] for index in range(start, min(start + batch_size, self._pictures))]
-            pixels = torch.cat([sample.pop("pixel_values") for sample in read]).to(model.device, model.dtype)
+            pixels = torch.cat([sample["pixel_values"] for sample in read]).to(model.device, model.dtype)
             with torch.inference_mode():
                 found = torch.stack(tuple(model.get_image_features(pixels, return_dict=True).pooler_output))
             if self._features is None:
                 self._features = torch.empty(self._pictures, *found.shape[1:], dtype=torch.float16)
             self._features[start : start + len(read)] = found
-            self._text += read
             if progress is not None:
                 progress(len(read))
 
@@ -61,7 +59,7 @@ class ReadPictures(Dataset):
         """``input_ids`` and ``labels`` ``(tokens,)`` of the whole conversation, ``shown`` ``(patches,)`` bool, and
         ``image_features`` ``(shown, hidden)`` float16."""
         picture, shown = index % self._pictures, self._data.shown(index)
-        return {**self._text[picture], "shown": shown, "image_features": self._features[picture][shown]}
+        return {**self._data.text(index), "shown": shown, "image_features": self._features[picture][shown]}
 
 
 class AlignmentCollator:

@@ -13,11 +13,13 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pruneops import models
 from pruneops.data import LABELS, scene_llava_config
+from pruneops.evaluation import Exam, Results, Tally
+from pruneops.evaluation.results import Entry
 from pruneops.methods import PMoD
 from pruneops.training import PatchReader
 
 EXAMPLE = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "ship_llava.py"))
-NOTE, ship = EXAMPLE["NOTE"], EXAMPLE["ship"]
+NOTE, figures_of, ship = EXAMPLE["NOTE"], EXAMPLE["figures_of"], EXAMPLE["ship"]
 
 TINY = {
     "hidden_size": 32,
@@ -75,6 +77,44 @@ def test_a_model_of_a_method_keeps_it(trained: Path, tmp_path: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "# Scene LLaVA, fine-tuned with PMoD" in card and 'scene_llava_folder("pmod")' in card
     assert "from pruneops.models import LlavaForConditionalGeneration\n" in card
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    """Of a dense model, and of one that was trained with p-MoD; 40 questions."""
+    results = Results(tmp_path, {"split": "test", "questions": 40, "seed": 3})
+    results.models = {"dense": {"trained_with": None}, "pmod": {"trained_with": {"method": "pmod"}}}
+    for model, way, keep, right in (
+        ("dense", "dense", None, 30),
+        ("dense", "pyramiddrop", None, 20),
+        ("dense", "pyramiddrop", 0.3, 2),
+        ("dense", "random", None, 10),
+        ("pmod", "own", None, 25),
+        ("pmod", "own", 0.5, 1),
+    ):
+        results.entries.append(Entry(model, way, keep, None, Tally("1" * right + "0" * (40 - right))))
+    results.save()
+    return results.path
+
+
+def test_figures_are_those_of_the_evaluation(evaluation: Path) -> None:
+    dense, pmod = figures_of(evaluation, "dense"), figures_of(evaluation, "pmod")
+    assert dense["questions"] == pmod["questions"] == 40
+    assert dense["accuracy"] == {"dense": 0.75, "pyramiddrop": 0.5} and pmod["accuracy"] == {"pmod": 0.625}
+    asked = [question.template for question in Exam("test", 40, 3).questions]
+    for kind, shares in dense["templates"].items():
+        assert shares["dense"] == asked[:30].count(kind) / asked.count(kind)
+        assert shares["pyramiddrop"] == asked[:20].count(kind) / asked.count(kind)
+    assert set(dense["templates"]) == set(pmod["templates"]) == set(asked)
+
+
+def test_figures_of_what_was_not_evaluated_are_refused(evaluation: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--eval: .*eval\.json has no results of a model 'other', expected one"):
+        figures_of(evaluation, "other")
+    for text in ("", "{}", "[]", '{"entries": [1], "settings": {}, "models": {}}'):
+        (tmp_path / "broken.json").write_text(text)
+        with pytest.raises(ValueError, match=r"--eval: got .*broken\.json, expected an eval\.json of `pruneops eval`"):
+            figures_of(tmp_path / "broken.json", "dense")
 
 
 def test_what_cannot_ship_is_refused(trained: Path, tmp_path: Path) -> None:

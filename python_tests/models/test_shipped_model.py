@@ -14,8 +14,7 @@ from pruneops import models
 from pruneops.cli import OK, main
 from pruneops.data import Samples, scene_processor
 from pruneops.evaluation import Exam, accuracy, load_candidate
-from pruneops.evaluation.ways import KEEP_ALL
-from pruneops.methods import PyramidDrop
+from pruneops.methods import KEEP_ALL, PyramidDrop
 from pruneops.models.scene import TRAINING_KEY, scene_llava_folder, shipped_methods, training_of
 from pruneops.runner import ASSET, is_right
 

@@ -15,7 +15,16 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from pruneops import models
-from pruneops.data import LABELS, CurriculumDataset, PatchDataset, Samples, scene_llava_config, scene_processor
+from pruneops.data import (
+    KINDS,
+    LABELS,
+    CurriculumDataset,
+    PatchDataset,
+    SampleDataset,
+    Samples,
+    scene_llava_config,
+    scene_processor,
+)
 from pruneops.methods import DynamicLlava, PMoD, PyramidDrop
 from pruneops.training import (
     AlignedLlavaForConditionalGeneration,
@@ -23,11 +32,14 @@ from pruneops.training import (
     Collator,
     PatchReader,
     ReadPictures,
+    match_and_copy,
     patch_accuracy,
 )
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-WORDS = {name: [[10 * value + len(name)] for value in range(1, len(values))] for name, values in LABELS.items()}
+WORDS = {
+    name: [[10 * value + kind] for value in range(1, len(values))] for kind, (name, values) in enumerate(LABELS.items())
+}
 SMALL = {
     "hidden_size": 32,
     "num_attention_heads": 2,
@@ -49,6 +61,31 @@ def processor() -> Any:
 def aligned() -> AlignedLlavaForConditionalGeneration:
     torch.manual_seed(0)
     return AlignedLlavaForConditionalGeneration(scene_llava_config(num_hidden_layers=2, **SMALL)).eval()
+
+
+# -- the beginning ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (4, 1)])
+def test_attention_begins_by_matching_tokens_and_copying_them(heads: int, key_heads: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": heads, "num_key_value_heads": key_heads}
+    text = AlignedLlavaForConditionalGeneration(scene_llava_config(num_hidden_layers=2, **{**SMALL, **sizes})).model
+    match_and_copy(text.language_model)
+    tokens = torch.randn(200, 32)
+    for layer in text.language_model.layers:
+        attention = layer.self_attn
+        queries, keys, values = (
+            linear(tokens).unflatten(-1, (-1, 8)) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        group = heads // key_heads
+        for head in range(0, heads, group):  # the head whose keys these are
+            scores = queries[:, head] @ keys[:, head // group].T
+            to_others = scores[~torch.eye(200, dtype=torch.bool)]
+            assert scores.diagonal().min() > 0 and scores.diagonal().mean() > 2 * to_others.std()
+        copied = attention.o_proj(values.repeat_interleave(group, dim=1).flatten(1))
+        likeness = torch.cosine_similarity(copied, tokens)
+        assert likeness.min() > 0 and likeness.mean() > 0.3
 
 
 # -- the tower --------------------------------------------------------------------------------------------------------
@@ -164,12 +201,21 @@ def test_what_answers_hang_on_is_always_shown_and_more_and_more_of_the_rest(proc
     assert data.bound(0) == 0.0 and data.bound(39) == 1.0
 
 
-def test_every_pass_goes_through_all_samples_and_shows_other_patches(processor: Any) -> None:
+def test_every_pass_goes_through_all_pictures_with_other_questions_and_patches(processor: Any) -> None:
     data = CurriculumDataset(Samples("train", 4), processor, background_share=0.5, passes=3)
     assert len(data) == 12 and data.bound(11) == 1.0
     for early, late in ((7, 11), (6, 10)):
-        assert torch.equal(data[early]["input_ids"], data[late]["input_ids"])
+        assert torch.equal(data[early]["pixel_values"], data[late]["pixel_values"])
+        assert not torch.equal(data[early]["input_ids"], data[late]["input_ids"])
         assert not torch.equal(data[early]["shown"], data[late]["shown"])
+    assert torch.equal(data[2]["input_ids"], SampleDataset(Samples("train", 4), processor)[2]["input_ids"])
+
+
+def test_the_text_of_an_entry_needs_no_rendering(processor: Any) -> None:
+    data = CurriculumDataset(Samples("train", 4, kinds=KINDS[:3]), processor, passes=2)
+    for index in range(8):
+        text, entry = data.text(index), data[index]
+        assert set(text) == {"input_ids", "labels"} and all(torch.equal(text[name], entry[name]) for name in text)
 
 
 def test_what_is_shown_of_a_sample_is_always_the_same(processor: Any) -> None:
@@ -243,6 +289,17 @@ def test_passes_out_of_range_are_named(processor: Any) -> None:
         CurriculumDataset(Samples("train", 5), processor, passes=0)
 
 
+@pytest.mark.parametrize("ramp", [(0.5, 0.2), (-0.1, 0.5), (0.5, 1.5), (0.5,)])
+def test_a_ramp_that_does_not_rise_is_named(ramp: tuple[float, ...], processor: Any) -> None:
+    with pytest.raises(ValueError, match="ramp: got .*, expected two shares in"):
+        CurriculumDataset(Samples("train", 5), processor, ramp=ramp)
+
+
+def test_the_ramp_says_when_more_is_shown(processor: Any) -> None:
+    bounds = [CurriculumDataset(Samples("train", 4), processor, ramp=ramp).bound for ramp in ((0, 0), (0.25, 0.75))]
+    assert [[bound(index) for index in range(4)] for bound in bounds] == [[1.0] * 4, [0.0, 0.0, 0.5, 1.0]]
+
+
 # -- the example ------------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +335,16 @@ def tower(script: Any, tmp_path: Path) -> Path:
 
 def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_words_for_one_and_for_many_begin_alike(script: Any) -> None:
+    torch.manual_seed(0)
+    model = script.beginning(SimpleNamespace(model=None, stage="tower"))
+    words = model.get_input_embeddings().weight
+    for one, many in script.patch_words()["shape"][:-1]:
+        assert one != many and torch.equal(words[one], words[many])
+    for one, many in script.patch_words()["text"]:
+        assert not torch.equal(words[one], words[many])
 
 
 def test_the_stages_follow_each_other(script: Any, tower: Path, tmp_path: Path) -> None:
@@ -343,8 +410,8 @@ def test_a_beginning_that_does_not_fit_is_refused(script: Any, tower: Path, tmp_
     train(script, "tune", tmp_path / "pruned", *SHORT, "--method", "pyramiddrop", model=tower)
     with pytest.raises(ValueError, match="was trained with pyramiddrop, expected a dense model"):
         train(script, "tune", tmp_path / "out", model=tmp_path / "pruned")
-    with pytest.raises(ValueError, match="--descriptions: got 0.9, expected a share"):
-        train(script, "align", tmp_path / "out", "--descriptions", "0.9", model=tower)
+    with pytest.raises(ValueError, match=r"kinds must be a sequence of some of questions, .*, got \['films'\]"):
+        train(script, "align", tmp_path / "out", "--kinds", "films", model=tower)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 

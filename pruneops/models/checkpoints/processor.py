@@ -34,6 +34,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -45,6 +46,14 @@ _TOKENIZER_FILES = (
 )
 _OTHER_FILES = ("generation_config.json", "chat_template.jinja", "chat_template.json")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def chat_prompt(processor: Any, question: str) -> str:
+    """A question about one picture in the words of the processor's chat template, or of LLaVA where it has none."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return f"USER: {processor.image_token}\n{question} ASSISTANT:"
 
 
 def load_tokenizer(folder: Path) -> Any:
