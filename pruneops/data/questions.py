@@ -148,6 +148,7 @@ def references(scene: Scene, drawing: int = 0) -> list[Question]:
             asked.append(draws.choice(possible))
     colour, shape = scene.plan.crowd
     kinds = [(colour, shape), *((thing.colour, thing.shape) for thing in draws.shuffled(scene.shapes)[:2])]
+    counted = [shape, *draws.shuffled(SHAPES)[:3]]
     asked += [_count(things, *kind) for kind in dict.fromkeys(kinds)]
-    asked += [_count(things, None, kind) for kind in {shape: None, **dict.fromkeys(draws.shuffled(SHAPES)[:3])}]
+    asked += [_count(things, None, kind) for kind in dict.fromkeys(counted)]
     return draws.shuffled(asked)

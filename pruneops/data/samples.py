@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -164,8 +165,9 @@ class Samples(Sequence[Sample]):
 
     def drawn_again(self, drawing: int) -> Samples:
         """The same pictures with the questions of a later drawing, 0: the same samples."""
-        options = {name: getattr(self, name) for name in ("seed", "kinds", "turns", "patch_size", "frames")}
-        return Samples(self.split, self.size, **options, drawing=self.drawing + drawing)
+        again = copy.copy(self)
+        again.drawing += drawing
+        return again
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(self.size))
